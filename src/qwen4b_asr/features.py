@@ -192,7 +192,7 @@ def pad_features(features: Sequence[mx.array]) -> tuple[mx.array, mx.array]:
     if not features:
         raise ValueError("[pad_features] at least one utterance is needed but got none")
     longest = max(f.shape[0] for f in features)
-    batch = mx.stack([mx.pad(f, ((0, longest - f.shape[0]), (0, 0))) for f in features])
+    batch = mx.stack([mx.pad(f, [(0, longest - f.shape[0]), (0, 0)]) for f in features])
     lengths = mx.array([f.shape[0] for f in features])
     return batch, mx.arange(longest)[None, :] < lengths[:, None]
 

@@ -1,0 +1,243 @@
+"""Qwen3: grouped-query attention, RMS-normalised queries and keys, rotary positions, SwiGLU.
+
+Source of the maths: the Qwen3 technical report and transformers' ``models/qwen3/modeling_qwen3.py``.
+Shapes: B batch, S positions, H width, E head width, V vocabulary. Module attributes carry the names of
+the Hugging Face checkpoints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import mlx.core as mx
+import mlx.nn as nn
+
+
+class LayerCache(Protocol):
+    """What the decoder needs of one layer's cache."""
+
+    offset: int
+
+    def update(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Append keys and values (B, G, S, E) and return all that is held."""
+        ...
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """Sizes of the decoder under their Hugging Face names; the defaults are Qwen3-4B's."""
+
+    vocab_size: int = 151936
+    hidden_size: int = 2560
+    intermediate_size: int = 9728
+    num_hidden_layers: int = 36
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 8
+    head_dim: int = 128
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 1_000_000.0
+    max_position_embeddings: int = 40960
+    tie_word_embeddings: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"[DecoderConfig] {name} must be at least 1 but got {getattr(self, name)}")
+        if self.num_hidden_layers < 0:
+            raise ValueError(f"[DecoderConfig] num_hidden_layers must not be negative but got {self.num_hidden_layers}")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"[DecoderConfig] num_key_value_heads must divide num_attention_heads {self.num_attention_heads} "
+                f"but got {self.num_key_value_heads}"
+            )
+        if self.head_dim < 2 or self.head_dim % 2:
+            raise ValueError(f"[DecoderConfig] head_dim must be even but got {self.head_dim}")
+
+    @classmethod
+    def from_huggingface(cls, config: Mapping[str, Any]) -> DecoderConfig:
+        """Read a checkpoint's ``config.json``.
+
+        Args:
+            config: The parsed file.
+
+        Returns:
+            The decoder's sizes.
+
+        Raises:
+            ValueError: If the model is not Qwen3, or uses a feature that this decoder does not have.
+        """
+        if config.get("model_type") != "qwen3":
+            raise ValueError(f"[DecoderConfig] model_type must be 'qwen3' but got {config.get('model_type')!r}")
+        rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+        if rope.get("rope_type", rope.get("type", "default")) != "default":
+            raise ValueError(f"[DecoderConfig] rope scaling must be 'default' but got {rope}")
+        for name, wanted in (("hidden_act", "silu"), ("attention_bias", False), ("use_sliding_window", False)):
+            if config.get(name, wanted) != wanted:
+                raise ValueError(f"[DecoderConfig] {name} must be {wanted!r} but got {config[name]!r}")
+        values = {name: config[name] for name in cls.__dataclass_fields__ if name in config}
+        if "rope_theta" in rope:  # transformers 5 moved it there
+            values.setdefault("rope_theta", rope["rope_theta"])
+        if "head_dim" not in values and {"hidden_size", "num_attention_heads"} <= values.keys():
+            values["head_dim"] = values["hidden_size"] // values["num_attention_heads"]
+        missing = sorted(
+            {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"}
+            - values.keys()
+        )
+        if missing:
+            raise ValueError(f"[DecoderConfig] config.json must hold {missing} but got {sorted(config)}")
+        values.setdefault("num_key_value_heads", values["num_attention_heads"])
+        values.setdefault("tie_word_embeddings", False)
+        return cls(**values)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with per-head RMS norms on queries and keys before the rotation."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.heads = config.num_attention_heads
+        self.kv_heads = config.num_key_value_heads
+        self.head_dim = config.head_dim
+        self.rope_theta = config.rope_theta
+        size = config.hidden_size
+        self.q_proj = nn.Linear(size, self.heads * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(size, self.kv_heads * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(size, self.kv_heads * self.head_dim, bias=False)
+        self.o_proj = nn.Linear(self.heads * self.head_dim, size, bias=False)
+        self.q_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps)
+        self.k_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps)
+
+    def __call__(self, x: mx.array, mask: mx.array | str | None, cache: LayerCache | None) -> mx.array:
+        """Attend over x (B, S, H) and what the cache holds; returns (B, S, H)."""
+        batch, rows, _ = x.shape
+        q = self.q_norm(self.q_proj(x).reshape(batch, rows, self.heads, -1)).swapaxes(1, 2)
+        k = self.k_norm(self.k_proj(x).reshape(batch, rows, self.kv_heads, -1)).swapaxes(1, 2)
+        v = self.v_proj(x).reshape(batch, rows, self.kv_heads, -1).swapaxes(1, 2)
+        offset = 0 if cache is None else cache.offset
+        q, k = (
+            mx.fast.rope(t, self.head_dim, traditional=False, base=self.rope_theta, scale=1.0, offset=offset)
+            for t in (q, k)
+        )
+        if cache is not None:
+            k, v = cache.update(k, v)
+        context = mx.fast.scaled_dot_product_attention(q, k, v, scale=self.head_dim**-0.5, mask=mask)
+        return self.o_proj(context.swapaxes(1, 2).reshape(batch, rows, -1))
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) · up(x))."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """Map (B, S, H) to (B, S, H)."""
+        return self.down_proj(nn.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm layer: attention, then MLP, each with its residual."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.self_attn = Attention(config)
+        self.mlp = MLP(config)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def __call__(self, x: mx.array, mask: mx.array | str | None, cache: LayerCache | None) -> mx.array:
+        """Map (B, S, H) to (B, S, H)."""
+        x = x + self.self_attn(self.input_layernorm(x), mask, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Qwen3Model(nn.Module):
+    """Embedding table, layers and final norm, under the checkpoint's name ``model``."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = [DecoderLayer(config) for _ in range(config.num_hidden_layers)]
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+
+class Qwen3(nn.Module):
+    """The decoder: embeddings in, logits out.
+
+    Args:
+        config: Sizes.
+    """
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Qwen3Model(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def embed(self, token_ids: mx.array) -> mx.array:
+        """Look up token ids (..., S); returns (..., S, H)."""
+        return self.model.embed_tokens(token_ids)
+
+    def hidden(
+        self,
+        inputs_embeds: mx.array,
+        cache: Sequence[LayerCache] | None = None,
+        mask: mx.array | None = None,
+    ) -> mx.array:
+        """Run the layers and the final norm.
+
+        Args:
+            inputs_embeds: (B, S, H).
+            cache: One per layer, or None for a single pass. New positions follow what it holds.
+            mask: (B, S), bool, True on real rows, for batches without a cache. Only padding *before* the
+                real rows leaves their rotary positions as they would be alone.
+
+        Returns:
+            Hidden states (B, S, H).
+
+        Raises:
+            ValueError: If a padding mask is given together with a cache, or the cache has another depth.
+        """
+        layers = self.model.layers
+        if cache is not None and mask is not None:
+            raise ValueError("[Qwen3] a padding mask needs a pass without a cache but got both")
+        if cache is not None and len(cache) != len(layers):
+            raise ValueError(f"[Qwen3] {len(layers)} layer caches are needed but got {len(cache)}")
+        x = inputs_embeds.astype(self.model.norm.weight.dtype)
+        rows = x.shape[1]
+        attention_mask: mx.array | str | None = "causal" if rows > 1 else None
+        if mask is not None:
+            attention_mask = _padded_causal_mask(mask)
+        for i, layer in enumerate(layers):
+            x = layer(x, attention_mask, None if cache is None else cache[i])
+        return self.model.norm(x)
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        """Score the vocabulary for hidden states (..., H); returns (..., V)."""
+        if self.config.tie_word_embeddings:
+            return self.model.embed_tokens.as_linear(hidden)
+        return self.lm_head(hidden)
+
+    def __call__(
+        self,
+        inputs_embeds: mx.array,
+        cache: Sequence[LayerCache] | None = None,
+        mask: mx.array | None = None,
+    ) -> mx.array:
+        """Return the logits (B, S, V) of every position; see `hidden` for the arguments."""
+        return self.logits(self.hidden(inputs_embeds, cache, mask))
+
+
+def _padded_causal_mask(mask: mx.array) -> mx.array:
+    """Causal and key mask in one, (B, 1, S, S); a padding row sees itself, lest its softmax be empty."""
+    rows = mask.shape[1]
+    index = mx.arange(rows)
+    causal = index[:, None] >= index[None, :]
+    itself = index[:, None] == index[None, :]
+    return ((causal[None] & mask[:, None, :]) | itself[None])[:, None]
