@@ -1,0 +1,116 @@
+"""The decoding loop: prefill the prompt once, then one token at a time.
+
+Shapes: S prompt rows, H decoder width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+
+from .cache import KVCache
+from .decoder import Qwen3
+from .sampling import Sampler, SamplingOptions
+
+
+@dataclass(frozen=True)
+class GenerationOptions:
+    """When to stop and how to choose.
+
+    Args:
+        max_tokens: Tokens generated at most, the stop token not counted.
+        stop_token_ids: Tokens that end the text; they are not part of it.
+        sampling: How each token is chosen.
+        prefill_chunk: Prompt rows per pass, which bounds the memory of long prompts.
+    """
+
+    max_tokens: int
+    stop_token_ids: tuple[int, ...]
+    sampling: SamplingOptions = field(default_factory=SamplingOptions)
+    prefill_chunk: int = 512
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        if self.max_tokens < 1:
+            raise ValueError(f"[GenerationOptions] max_tokens must be at least 1 but got {self.max_tokens}")
+        if self.prefill_chunk < 1:
+            raise ValueError(f"[GenerationOptions] prefill_chunk must be at least 1 but got {self.prefill_chunk}")
+
+
+class Generation:
+    """One run of the decoder. Iterate over it for token ids as they come.
+
+    Args:
+        decoder: The language model.
+        inputs_embeds: Prompt rows (S, H), S ≥ 1.
+        options: When to stop and how to choose.
+
+    Attributes:
+        tokens: The ids so far.
+        finish_reason: None while running, then ``stop`` (a stop token came) or ``length`` (the budget cut it off).
+        prefill_seconds: Time to the first token.
+        decode_seconds: Time for the rest.
+
+    Raises:
+        ValueError: If the prompt is empty or does not fit into the model's context with its budget.
+    """
+
+    def __init__(self, decoder: Qwen3, inputs_embeds: mx.array, options: GenerationOptions) -> None:
+        if inputs_embeds.ndim != 2 or inputs_embeds.shape[0] == 0:
+            raise ValueError(
+                f"[Generation] inputs_embeds must have shape (S, H), S >= 1, but got {inputs_embeds.shape}"
+            )
+        room = decoder.config.max_position_embeddings - inputs_embeds.shape[0]
+        if room < options.max_tokens:
+            raise ValueError(
+                f"[Generation] prompt and max_tokens must fit into {decoder.config.max_position_embeddings} positions "
+                f"but got {inputs_embeds.shape[0]} + {options.max_tokens}"
+            )
+        self.tokens: list[int] = []
+        self.finish_reason: str | None = None
+        self.prefill_seconds = 0.0
+        self.decode_seconds = 0.0
+        self._decoder = decoder
+        self._options = options
+        self._inputs = inputs_embeds
+
+    def __iter__(self) -> Iterator[int]:
+        """Yield token ids until a stop token or the budget; can be done once."""
+        if self.finish_reason is not None or self.tokens:
+            raise RuntimeError("[Generation] a generation can be iterated over once")
+        start = time.perf_counter()
+        sampler = Sampler(self._options.sampling)
+        cache = [KVCache() for _ in self._decoder.model.layers]
+        token = sampler.choose(self._prefill(cache), self.tokens)
+        self.prefill_seconds = time.perf_counter() - start
+        start = time.perf_counter()
+        while True:
+            if token in self._options.stop_token_ids:
+                self.finish_reason = "stop"
+                break
+            if len(self.tokens) == self._options.max_tokens:
+                self.finish_reason = "length"
+                break
+            self.tokens.append(token)
+            paused = time.perf_counter()
+            yield token
+            start += time.perf_counter() - paused  # the consumer's time is not ours
+            token = sampler.choose(self._step(token, cache), self.tokens)
+            self.decode_seconds = time.perf_counter() - start
+        self.decode_seconds = time.perf_counter() - start
+
+    def _prefill(self, cache: list[KVCache]) -> mx.array:
+        size = self._options.prefill_chunk
+        rows = self._inputs.shape[0]
+        hidden = self._inputs[None, :0]
+        for first in range(0, rows, size):
+            hidden = self._decoder.hidden(self._inputs[None, first : first + size], cache)
+            mx.eval(hidden, [layer.state for layer in cache])
+        return self._decoder.logits(hidden[:, -1])[0]
+
+    def _step(self, token: int, cache: list[KVCache]) -> mx.array:
+        hidden = self._decoder.hidden(self._decoder.embed(mx.array([[token]])), cache)
+        return self._decoder.logits(hidden[:, -1])[0]

@@ -1,0 +1,140 @@
+"""From logits to the next token: repetition penalty, n-gram ban, then argmax or a draw.
+
+The order and the arithmetic are transformers' (``generation/logits_process.py``): penalty, ban, temperature,
+top-k, top-p. Only *generated* tokens count; with prompts given as embeddings there is nothing else to see.
+Shapes: V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How the next token is chosen.
+
+    Args:
+        temperature: 0 takes the most likely token; above 0 the distribution is drawn from at this temperature.
+        top_k: Keep the k most likely tokens; 0 keeps all. Only used when drawing.
+        top_p: Keep the smallest set of tokens whose probability reaches p. Only used when drawing.
+        repetition_penalty: Divide positive and multiply negative logits of tokens already generated; 1 is off.
+        no_repeat_ngram: Never generate the same n tokens in a row twice; 0 is off.
+        seed: Seed of the draws; None takes MLX's global stream.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    no_repeat_ngram: int = 0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.temperature >= 0:
+            raise ValueError(f"[SamplingOptions] temperature must not be negative but got {self.temperature}")
+        if self.top_k < 0 or self.no_repeat_ngram < 0:
+            raise ValueError(
+                f"[SamplingOptions] top_k and no_repeat_ngram must not be negative but got "
+                f"{self.top_k} and {self.no_repeat_ngram}"
+            )
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"[SamplingOptions] top_p must lie in (0, 1] but got {self.top_p}")
+        if not self.repetition_penalty > 0:
+            raise ValueError(f"[SamplingOptions] repetition_penalty must be positive but got {self.repetition_penalty}")
+
+
+def penalise_repetition(logits: mx.array, generated: Sequence[int], penalty: float) -> mx.array:
+    """Make tokens that were generated less likely: s · p if s < 0, else s / p, once per distinct token.
+
+    Args:
+        logits: (V,).
+        generated: Token ids so far.
+        penalty: p; 1 changes nothing.
+
+    Returns:
+        Logits (V,).
+    """
+    if penalty == 1.0 or not generated:
+        return logits
+    ids = mx.array(sorted(set(generated)))
+    scores = logits[ids]
+    logits = mx.array(logits)
+    logits[ids] = mx.where(scores < 0, scores * penalty, scores / penalty)
+    return logits
+
+
+def banned_by_ngram(generated: Sequence[int], size: int) -> list[int]:
+    """Return the tokens that would complete an n-gram of `size` tokens a second time."""
+    if size < 1 or len(generated) < size:
+        return []
+    tail = tuple(generated[len(generated) - size + 1 :])
+    starts = range(len(generated) - size + 1)
+    return sorted({generated[i + size - 1] for i in starts if tuple(generated[i : i + size - 1]) == tail})
+
+
+def ban_repeated_ngrams(logits: mx.array, generated: Sequence[int], size: int) -> mx.array:
+    """Set the logits (V,) of tokens that would repeat an n-gram of `size` tokens to minus infinity."""
+    banned = banned_by_ngram(generated, size)
+    if banned:
+        logits = mx.array(logits)
+        logits[mx.array(banned)] = -mx.inf
+    return logits
+
+
+def keep_top_k(logits: mx.array, k: int) -> mx.array:
+    """Set all but the `k` largest logits (V,) to minus infinity; ties with the k-th stay."""
+    if k == 0 or k >= logits.size:
+        return logits
+    threshold = mx.min(mx.topk(logits, k))
+    return mx.where(logits < threshold, -mx.inf, logits)
+
+
+def keep_top_p(logits: mx.array, p: float) -> mx.array:
+    """Keep the most likely tokens of logits (V,) until their probability reaches `p`, at least one."""
+    if p >= 1.0:
+        return logits
+    order = mx.argsort(-logits)
+    probabilities = mx.softmax(logits[order], precise=True)
+    before = mx.cumsum(probabilities) - probabilities
+    cut = mx.where(before < p, logits[order], -mx.inf)
+    return mx.put_along_axis(mx.zeros_like(logits), order, cut, axis=0)
+
+
+class Sampler:
+    """Chooses tokens one by one under fixed options.
+
+    Args:
+        options: How to choose.
+    """
+
+    def __init__(self, options: SamplingOptions) -> None:
+        self.options = options
+        self._key = None if options.seed is None else mx.random.key(options.seed)
+
+    def process(self, logits: mx.array, generated: Sequence[int]) -> mx.array:
+        """Apply penalty and ban to logits (V,); float32 out, the input is left alone."""
+        logits = penalise_repetition(logits.astype(mx.float32), generated, self.options.repetition_penalty)
+        return ban_repeated_ngrams(logits, generated, self.options.no_repeat_ngram)
+
+    def choose(self, logits: mx.array, generated: Sequence[int]) -> int:
+        """Choose the next token.
+
+        Args:
+            logits: (V,) of the last position.
+            generated: Token ids generated so far.
+
+        Returns:
+            A token id.
+        """
+        scores = self.process(logits, generated)
+        if self.options.temperature == 0:
+            return int(mx.argmax(scores))
+        scores = keep_top_p(keep_top_k(scores / self.options.temperature, self.options.top_k), self.options.top_p)
+        key = None
+        if self._key is not None:
+            self._key, key = mx.random.split(self._key)
+        return int(mx.random.categorical(scores, key=key))
