@@ -1,0 +1,413 @@
+"""From a recording to its words: every stage in order. Start reading here.
+
+waveform (N,) → features (L, 560) → audio states (1, L+4, D) → audio embeddings (1, A, H) →
+prompt rows (S, H) → token ids → text.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+
+from .audio import SAMPLE_RATE, Source, load_audio
+from .config import ModelConfig
+from .encoder import LANGUAGE_QUERIES
+from .errors import PromptError
+from .generate import Generation, GenerationOptions
+from .model import SpeechModel
+from .prompt import chat_prompt, prompt_pieces, spell, splice
+from .sampling import SamplingOptions
+from .segment import split_at_pauses
+from .text import CleanStream, clean_text, join_segments
+from .tokenizer import Tokenizer
+from .weights.find import find_model
+from .weights.load import load_model
+
+OnToken = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class TranscribeOptions:
+    """How to transcribe. None leaves a choice to the model's configuration.
+
+    Args:
+        language: Language query of the encoder: auto, zh, en, yue, ja, ko, nospeech.
+        prompt_profile: plain, raw, instruct or chatml.
+        task: ``transcribe``, or ``translate`` for English from speech (instruct and chatml only).
+        translate: Also translate the transcript to English, as `Transcript.translation`.
+        use_itn: Ask the encoder for inverse text normalisation.
+        max_tokens: Budget of each segment; None lets it grow with the segment's duration.
+        temperature: 0 is greedy; above 0 tokens are drawn.
+        top_k: See `sampling.SamplingOptions`.
+        top_p: See `sampling.SamplingOptions`.
+        repetition_penalty: See `sampling.SamplingOptions`.
+        no_repeat_ngram: See `sampling.SamplingOptions`.
+        seed: Seed of the draws.
+        segment_seconds: Longest window; longer recordings are cut at their quietest points.
+    """
+
+    language: str = "auto"
+    prompt_profile: str | None = None
+    task: str = "transcribe"
+    translate: bool = False
+    use_itn: bool = False
+    max_tokens: int | None = None
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float | None = None
+    no_repeat_ngram: int | None = None
+    seed: int | None = None
+    segment_seconds: float = 30.0
+
+    def __post_init__(self) -> None:
+        if self.language not in LANGUAGE_QUERIES:
+            raise PromptError(f"unknown language {self.language!r}; choose one of {', '.join(LANGUAGE_QUERIES)}")
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise ValueError(f"[TranscribeOptions] max_tokens must be at least 1 but got {self.max_tokens}")
+
+    @classmethod
+    def of(cls, options: dict[str, Any]) -> TranscribeOptions:
+        """Build from keyword arguments.
+
+        Raises:
+            TypeError: On an unknown option.
+        """
+        known = [f.name for f in dataclasses.fields(cls)]
+        unknown = sorted(set(options) - set(known))
+        if unknown:
+            raise TypeError(f"[Transcriber] options must be among {', '.join(known)} but got {', '.join(unknown)}")
+        return cls(**options)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A stretch of a recording and its text; `start` and `end` in seconds."""
+
+    start: float
+    end: float
+    text: str
+
+
+@dataclass(frozen=True)
+class Transcript:
+    """What was heard.
+
+    Args:
+        text: The words.
+        tokens: Token ids behind them, all segments in order.
+        language: The language asked for; None if it was left to the model.
+        duration_seconds: Length of the recording.
+        segments: Stretches with their texts; one, unless the recording had to be cut.
+        timings: Seconds spent per stage.
+        finish_reason: ``stop``, or ``length`` if the token budget cut a text off.
+        model: Name of the model.
+        translation: English translation, if it was asked for.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    language: str | None
+    duration_seconds: float
+    segments: tuple[Segment, ...]
+    timings: dict[str, float] = field(default_factory=dict)
+    finish_reason: str = "stop"
+    model: str = ""
+    translation: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        values = dataclasses.asdict(self)
+        values["tokens"] = list(self.tokens)
+        values["segments"] = [dataclasses.asdict(s) for s in self.segments]
+        return values
+
+
+class Stopwatch:
+    """Adds up the seconds that each named stage takes."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time the block under `name`; what it computes must be evaluated inside."""
+        start = time.perf_counter()
+        yield
+        self.add(name, time.perf_counter() - start)
+
+    def add(self, name: str, seconds: float) -> None:
+        """Add seconds to a stage."""
+        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+
+
+class Transcriber:
+    """A loaded model, ready to transcribe.
+
+    Args:
+        model: The network, weights filled in.
+        config: Its configuration.
+        tokenizer: Its tokenizer.
+    """
+
+    def __init__(self, model: SpeechModel, config: ModelConfig, tokenizer: Tokenizer) -> None:
+        self.model = model
+        self.config = config
+        self.tokenizer = tokenizer
+
+    def transcribe(
+        self,
+        source: Source,
+        sample_rate: int | None = None,
+        *,
+        on_token: OnToken | None = None,
+        **options: Any,
+    ) -> Transcript:
+        """Transcribe a recording.
+
+        Args:
+            source: Path, bytes or binary file object of an audio file, or samples (N,) or (N, channels).
+            sample_rate: Samples per second of an array; None means 16 kHz. Files know their own.
+            on_token: Called with each piece of text as soon as it is certain; the pieces joined are the text.
+            **options: Fields of `TranscribeOptions`.
+
+        Returns:
+            The transcript.
+
+        Raises:
+            AudioError: If the recording cannot be read or is too short.
+            PromptError: If language, profile or task do not fit the model.
+            TypeError: On an unknown option.
+        """
+        chosen = TranscribeOptions.of(options)
+        watch = Stopwatch()
+        with watch.stage("audio"):
+            samples = load_audio(source, sample_rate)
+        return self._transcribe(samples, chosen, on_token, watch)
+
+    def transcribe_samples(
+        self, samples: npt.NDArray[Any] | mx.array, sample_rate: int | None = None, **options: Any
+    ) -> Transcript:
+        """Transcribe samples (N,) or (N, channels); see `transcribe`, which also takes them."""
+        return self.transcribe(samples, sample_rate, **options)
+
+    def encode_audio(
+        self,
+        samples: Source,
+        sample_rate: int | None = None,
+        *,
+        language: str = "auto",
+        use_itn: bool = False,
+    ) -> mx.array:
+        """Turn a recording into the rows that the decoder reads in place of token embeddings.
+
+        Args:
+            samples: As in `transcribe`.
+            sample_rate: As in `transcribe`.
+            language: Language query of the encoder.
+            use_itn: Ask the encoder for inverse text normalisation.
+
+        Returns:
+            Audio embeddings (1, A, H).
+
+        Raises:
+            AudioError: If the recording cannot be read or is too short.
+        """
+        waveform = load_audio(samples, sample_rate)
+        options = TranscribeOptions(language=language, use_itn=use_itn)
+        return self._audio_embeddings(waveform, options, Stopwatch())
+
+    def generate_text(self, prompt: str, max_tokens: int = 256) -> str:
+        """Continue a text with the decoder alone, greedily, without processors.
+
+        Raises:
+            PromptError: If the model's vocabulary cannot spell the prompt.
+        """
+        return self._continue(prompt, max_tokens, SamplingOptions())
+
+    def complete(self, prompt: str, max_tokens: int = 256, temperature: float = 0.0) -> str:
+        """Answer one user turn through Qwen3's chat template, thinking off.
+
+        Args:
+            prompt: What the user says.
+            max_tokens: Budget of the answer.
+            temperature: 0 is greedy; above 0 tokens are drawn.
+
+        Raises:
+            PromptError: If the model's vocabulary cannot spell the template.
+        """
+        return self._continue(chat_prompt(prompt), max_tokens, SamplingOptions(temperature=temperature))
+
+    def translate_text(self, text: str) -> str:
+        """Translate a text to English with the decoder alone.
+
+        Raises:
+            PromptError: If the model's vocabulary cannot spell the template.
+        """
+        budget = 64 + 4 * len(self.tokenizer.encode(text))
+        return self.complete(f"Translate to English: {text}", max_tokens=budget)
+
+    def _transcribe(
+        self,
+        samples: npt.NDArray[np.float32],
+        options: TranscribeOptions,
+        on_token: OnToken | None,
+        watch: Stopwatch,
+    ) -> Transcript:
+        start = time.perf_counter()
+        tokens: list[int] = []
+        segments: list[Segment] = []
+        finish_reason = "stop"
+        for first, last in split_at_pauses(samples, SAMPLE_RATE, options.segment_seconds):
+            previous = segments[-1].text if segments else ""
+            emit = None if on_token is None else _after(previous, on_token)
+            generation, text = self._transcribe_segment(samples[first:last], options, emit, watch)
+            tokens += generation.tokens
+            segments.append(Segment(first / SAMPLE_RATE, last / SAMPLE_RATE, text))
+            if generation.finish_reason == "length":
+                finish_reason = "length"
+        text = join_segments([s.text for s in segments])
+        translation = None
+        if options.translate:
+            with watch.stage("translation"):
+                translation = self.translate_text(text)
+        watch.add("total", watch.seconds["audio"] + time.perf_counter() - start)
+        return Transcript(
+            text=text,
+            tokens=tuple(tokens),
+            language=None if options.language == "auto" else options.language,
+            duration_seconds=samples.size / SAMPLE_RATE,
+            segments=tuple(segments),
+            timings=watch.seconds,
+            finish_reason=finish_reason,
+            model=self.config.name,
+            translation=translation,
+        )
+
+    def _transcribe_segment(
+        self,
+        samples: npt.NDArray[np.float32],
+        options: TranscribeOptions,
+        emit: OnToken | None,
+        watch: Stopwatch,
+    ) -> tuple[Generation, str]:
+        before, after = prompt_pieces(self.config.prompt, options.prompt_profile, options.task)
+        decoder = self.model.decoder
+        rows = splice(
+            self._spell(before),
+            self._audio_embeddings(samples, options, watch)[0],
+            self._spell(after),
+            decoder.embed,
+        )
+        generation = Generation(decoder, rows, self._generation_options(samples.size / SAMPLE_RATE, options))
+        text = self._run(generation, emit)
+        watch.add("prefill", generation.prefill_seconds)
+        watch.add("decode", generation.decode_seconds)
+        return generation, text
+
+    def _audio_embeddings(
+        self, samples: npt.NDArray[np.float32], options: TranscribeOptions, watch: Stopwatch
+    ) -> mx.array:
+        with watch.stage("features"):
+            features = self.model.frontend(mx.array(samples))[None]
+            mx.eval(features)
+        with watch.stage("encoder"):
+            states, _ = self.model.audio_encoder(features, language=options.language, use_itn=options.use_itn)
+            mx.eval(states)
+        with watch.stage("adaptor"):
+            embeddings = self.model.adaptor(states[:, self.config.dropped_rows :])
+            mx.eval(embeddings)
+        return embeddings
+
+    def _generation_options(self, duration_seconds: float, options: TranscribeOptions) -> GenerationOptions:
+        defaults = self.config.generation
+        return GenerationOptions(
+            max_tokens=options.max_tokens or defaults.token_budget(duration_seconds),
+            stop_token_ids=defaults.stop_token_ids,
+            sampling=SamplingOptions(
+                temperature=options.temperature,
+                top_k=options.top_k,
+                top_p=options.top_p,
+                repetition_penalty=_either(options.repetition_penalty, defaults.repetition_penalty),
+                no_repeat_ngram=_either(options.no_repeat_ngram, defaults.no_repeat_ngram),
+                seed=options.seed,
+            ),
+        )
+
+    def _continue(self, prompt: str, max_tokens: int, sampling: SamplingOptions) -> str:
+        ids = self._spell(prompt)
+        if not ids:
+            raise PromptError("the prompt is empty")
+        options = GenerationOptions(max_tokens, self.config.generation.stop_token_ids, sampling)
+        return self._run(Generation(self.model.decoder, self.model.decoder.embed(mx.array(ids)), options), None)
+
+    def _run(self, generation: Generation, emit: OnToken | None) -> str:
+        if emit is None:
+            for _ in generation:
+                pass
+            return clean_text(self.tokenizer.decode(generation.tokens))
+        stream = self.tokenizer.stream()
+        clean = CleanStream()
+        pieces = []
+        for token in generation:
+            pieces.append(clean.push(stream.push(token)))
+            if pieces[-1]:
+                emit(pieces[-1])
+        pieces.append(clean.push(stream.flush()) + clean.flush())
+        if pieces[-1]:
+            emit(pieces[-1])
+        return "".join(pieces)
+
+    def _spell(self, text: str) -> list[int]:
+        return spell(
+            self.tokenizer.encode,
+            lambda ids: self.tokenizer.decode(ids, skip_special=False),
+            text,
+        )
+
+
+def load(path_or_name: str | os.PathLike[str], dtype: str = "auto") -> Transcriber:
+    """Load a model.
+
+    Args:
+        path_or_name: ``demo``, or a directory that ``qwen4b-asr convert`` wrote.
+        dtype: The decoder's: ``auto`` (float32 on the CPU, bfloat16 on a GPU), ``float32`` or ``bfloat16``.
+            Encoder and adaptor are always float32.
+
+    Returns:
+        A transcriber.
+
+    Raises:
+        ModelNotFoundError: If there is no such model.
+        ConfigError: If its configuration cannot be used.
+        CheckpointError: If its weights do not fit.
+        ValueError: On another dtype.
+    """
+    directory: Path = find_model(path_or_name)
+    model, config = load_model(directory, dtype=dtype)
+    return Transcriber(model, config, Tokenizer(directory / "tokenizer.json"))
+
+
+def _either(chosen: Any, default: Any) -> Any:
+    return default if chosen is None else chosen
+
+
+def _after(previous: str, emit: OnToken) -> OnToken:
+    """Put before the first piece what `join_segments` puts between two texts."""
+    pending = [previous]
+
+    def joined(piece: str) -> None:
+        before = pending.pop() if pending else ""
+        emit(join_segments([before, piece])[len(before) :] if before else piece)
+
+    return joined
