@@ -16,7 +16,9 @@ import numpy as np
 
 from ..errors import CheckpointError
 
-_BLOCK = re.compile(r"<(?P<name>\w+)>\s*(?P<rows>\d+)\s+(?P<columns>\d+)\s*(?:<LearnRateCoef>\s*\S+\s*)?\[(?P<values>[^\]\[]*)\]")
+_BLOCK = re.compile(
+    r"<(?P<name>\w+)>\s*(?P<rows>\d+)\s+(?P<columns>\d+)\s*(?:<LearnRateCoef>\s*\S+\s*)?\[(?P<values>[^\]\[]*)\]"
+)
 _MAX_BYTES = 4 << 20
 
 
@@ -65,11 +67,11 @@ def read_kaldi_mvn(path: Path) -> KaldiMvn:
 
 def _values(path: Path, name: str, count: int, text: str) -> np.ndarray[Any, Any]:
     try:
-        values = np.array([float(word) for word in text.split()], np.float32)
+        values = np.array([float(word) for word in text.split()], np.float64)
     except ValueError as error:
         raise CheckpointError(f"{path}: the block <{name}> holds something that is not a number ({error})") from error
     if values.size != count:
         raise CheckpointError(f"{path}: the block <{name}> announces {count} values but holds {values.size}")
-    if not np.isfinite(values).all():
-        raise CheckpointError(f"{path}: the block <{name}> holds a value that is not finite")
-    return values
+    if not (np.abs(values) <= np.finfo(np.float32).max).all():  # false for NaN too
+        raise CheckpointError(f"{path}: the block <{name}> holds a value that is not finite in float32")
+    return values.astype(np.float32)

@@ -63,10 +63,9 @@ ALLOWED_GLOBALS = frozenset(
     + [("torch", name) for name in STORAGE_DTYPES]
     + [("torch", name) for name in TORCH_DTYPES]
 )
-_PUSHED_ARGUMENT = frozenset(
-    "BINUNICODE SHORT_BINUNICODE BINUNICODE8 BININT BININT1 BININT2 LONG1 BINFLOAT "
-    "SHORT_BINBYTES BINBYTES".split()
-)
+_TEXT = ("BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "SHORT_BINBYTES", "BINBYTES")
+_NUMBERS = ("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT")
+_PUSHED_ARGUMENT = frozenset(_TEXT + _NUMBERS)
 _PUSHED_CONSTANT = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 
 
@@ -126,7 +125,8 @@ def read_pickle(stream: BytesIO, persistent_load: Callable[[Any], Any]) -> Any:
     machine = _Machine(persistent_load)
     position: int | None = 0
     try:
-        for opcode, argument, position in pickletools.genops(stream):
+        for opcode, argument, at in pickletools.genops(stream):
+            position = at
             if opcode.name == "STOP":
                 return machine.result()
             machine.step(opcode.name, argument)
@@ -242,8 +242,8 @@ class _Machine:
 def _allowed(module: str, name: str) -> Global:
     if (module, name) not in ALLOWED_GLOBALS:
         raise PickleRefusedError(
-            f"its pickle asks for {f'{module}.{name}'[:200]!r}, which is not on the list of what a checkpoint may name; "
-            "nothing was run. Save the bare state_dict (tensors only) and try again"
+            f"its pickle asks for {f'{module}.{name}'[:200]!r}, which is not on the list of what a checkpoint "
+            "may name; nothing was run. Save the bare state_dict (tensors only) and try again"
         )
     return Global(module, name)
 
@@ -273,7 +273,7 @@ def _reduce(function: Any, arguments: Any) -> Any:
             return TensorSpec(storage, dtype, offset, shape, strides)
         case (
             "torch._utils._rebuild_tensor_v3",
-            (StorageRef(dtype=None) as storage, offset, tuple() as shape, tuple() as strides, _, _, Global() as kind, *_),
+            (StorageRef(dtype=None) as storage, offset, tuple() as shape, tuple() as strides, _, _, Global() as kind),
         ) if kind.module == "torch" and kind.name in TORCH_DTYPES:
             return TensorSpec(storage, TORCH_DTYPES[kind.name], offset, shape, strides)
     raise PickleRefusedError(f"its pickle calls {function} with arguments that do not fit it; nothing was run")

@@ -195,7 +195,7 @@ class TensorRef:
 def to_bytes(array: mx.array) -> memoryview:
     """Return the elements of a flat array as bytes, in the machine's (little-endian) order."""
     flat = array.reshape(-1)
-    return memoryview(flat.view(mx.uint8, stream=mx.cpu)) if flat.size else memoryview(b"")
+    return np.array(flat.view(mx.uint8, stream=mx.cpu), copy=False).data if flat.size else memoryview(b"")
 
 
 def _short(values: tuple[object, ...]) -> str:

@@ -14,6 +14,7 @@ import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from io import BytesIO
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,7 @@ def _persistent_load(views: bool) -> Callable[[Any], StorageRef]:
         match view:
             case None:
                 pass
-            case (str(), int() as first, int() as count) if 0 <= first and 0 <= count:
+            case (str(), int() as first, int() as count) if first >= 0 and count >= 0:
                 items = count
             case _:
                 raise PickleRefusedError(f"its pickle has a malformed view of storage {key!r}")
@@ -155,8 +156,8 @@ def _zip_entries(path: Path, mapped: mmap.mmap) -> dict[str, _Storage]:
     try:
         with zipfile.ZipFile(path) as archive:
             infos = archive.infolist()
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, OverflowError, EOFError, struct.error) as error:
-        raise CheckpointError(f"{path}: the zip archive is damaged or cut short ({error}); copy it again") from error
+    except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError, OverflowError, EOFError, struct.error) as why:
+        raise CheckpointError(f"{path}: the zip archive is damaged or cut short ({why}); copy it again") from why
     entries: dict[str, _Storage] = {}
     for info in infos:
         name, header = info.filename, info.header_offset
@@ -173,7 +174,7 @@ def _zip_entries(path: Path, mapped: mmap.mmap) -> dict[str, _Storage]:
             raise CheckpointError(f"{path}: the entry {name!r} reaches past the end of the file; is it truncated?")
         entries[name] = _Storage(start, info.file_size)
     in_order = sorted(entries.items(), key=lambda item: (item[1].start, item[1].nbytes))
-    for (first, a), (second, b) in zip(in_order, in_order[1:], strict=False):
+    for (first, a), (second, b) in pairwise(in_order):
         if a.start + a.nbytes > b.start:
             raise CheckpointError(f"{path}: the entries {first!r} and {second!r} overlap")
     return entries
