@@ -9,7 +9,7 @@ _THINK_CLOSE = "</think>"
 
 
 def clean_text(text: str) -> str:
-    """Remove what is not speech: an empty think block at the start, and white space around the text."""
+    """Remove what is not speech: empty think blocks at the start, and white space around the text."""
     return _clean_head(text).rstrip()
 
 
@@ -47,12 +47,13 @@ class CleanStream:
 
 
 def _clean_head(text: str) -> str:
-    """Remove white space and an empty think block from the start of `text`, leaving its end alone."""
+    """Remove white space and empty think blocks from the start of `text`, leaving its end alone."""
     text = text.lstrip()
-    if text.startswith(_THINK_OPEN):
+    while text.startswith(_THINK_OPEN):
         inside, close, rest = text[len(_THINK_OPEN) :].partition(_THINK_CLOSE)
-        if close and not inside.strip():
-            return rest.lstrip()
+        if not close or inside.strip():
+            break
+        text = rest.lstrip()
     return text
 
 
