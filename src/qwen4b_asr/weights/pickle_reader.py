@@ -273,7 +273,16 @@ def _reduce(function: Any, arguments: Any) -> Any:
             return TensorSpec(storage, dtype, offset, shape, strides)
         case (
             "torch._utils._rebuild_tensor_v3",
-            (StorageRef(dtype=None) as storage, offset, tuple() as shape, tuple() as strides, _, _, Global() as kind),
+            (
+                StorageRef(dtype=None) as storage,
+                offset,
+                tuple() as shape,
+                tuple() as strides,
+                _,
+                _,
+                Global() as kind,
+                *_,
+            ),
         ) if kind.module == "torch" and kind.name in TORCH_DTYPES:
             return TensorSpec(storage, TORCH_DTYPES[kind.name], offset, shape, strides)
     raise PickleRefusedError(f"its pickle calls {function} with arguments that do not fit it; nothing was run")

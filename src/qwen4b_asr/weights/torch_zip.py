@@ -73,9 +73,7 @@ def read_torch(path: Path) -> dict[str, TensorRef]:
     return {name: _locate(name, spec, storages, path, mapped) for name, spec in tensors.items()}
 
 
-def _locate(
-    name: str, spec: TensorSpec, storages: Mapping[str, _Storage], path: Path, mapped: mmap.mmap
-) -> TensorRef:
+def _locate(name: str, spec: TensorSpec, storages: Mapping[str, _Storage], path: Path, mapped: mmap.mmap) -> TensorRef:
     """Check a tensor's claims against the bytes that are really there."""
     storage = storages.get(spec.storage.key)
     if storage is None:
