@@ -228,8 +228,8 @@ def test_a_planted_heavy_import_is_seen(tmp_path):
     assert loaded_by("eager.a", tmp_path) == ["numpy"]
 
 
-# Calls that merely name a type; everything else of a third party is work and waits for its first use.
-CHEAP_CALLS = {"numpy.dtype"}
+# Types and their scalars; everything else of a third party is work and waits for its first use.
+CHEAP_CALLS = {"numpy.dtype", "numpy.float32"}
 STATEMENTS = (ast.Import, ast.ImportFrom, ast.Assign, ast.AnnAssign, ast.FunctionDef, ast.ClassDef, ast.If, ast.Try)
 
 

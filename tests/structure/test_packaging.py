@@ -126,7 +126,12 @@ def commands(text: str) -> list[list[str]]:
     for block in re.findall(r"^```(?:sh|bash|console)\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
         for line in block.replace("\\\n", " ").splitlines():
             parts = re.split(r"&&|\||;", line.removeprefix("$ "))
-            lines += [words for part in parts if (words := shlex.split(part, comments=True))]
+            # Settings before a command, as in NAME=value command, are the shell's.
+            lines += [
+                words
+                for part in parts
+                if (words := shlex.split(re.sub(r"^\s*([A-Z_]+=\S+\s+)+", "", part), comments=True))
+            ]
     return lines
 
 
@@ -157,10 +162,12 @@ def unknown_words(command: list[str]) -> list[str]:
         asked = set(re.findall(r"\.\[([\w,-]+)\]", " ".join(rest)))
         return [e for group in asked for e in group.split(",") if e not in PROJECT["optional-dependencies"]]
     else:
-        return [] if head in ("pytest", "git", "cd", "pip", "python", "ruff", "mypy", "export") else [head]
+        return [] if head in KNOWN else [head]
     return sorted(option for option in options if not re.search(rf"(?<![\w-]){option}(?![\w-])", text))
 
 
+# Programs of others that the documents may name.
+KNOWN = {"pytest", "git", "cd", "pip", "python", "ruff", "mypy", "hf", "cat"}
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCUMENTED = [*commands(README), *commands((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))]
 
@@ -201,5 +208,15 @@ def test_a_planted_wrong_command_is_seen(line, missing):
 
 
 def test_the_command_reader_splits_and_strips():
-    text = "```sh\n$ a b && c 'd e'  # why\nf \\\n  g | h\n```\ntext\n```python\nnot this\n```\n"
-    assert commands(text) == [["a", "b"], ["c", "d e"], ["f", "g"], ["h"]]
+    text = "```sh\n$ a b && c 'd e'  # why\nf \\\n  g | H=1 h i=2\n```\ntext\n```python\nnot this\n```\n"
+    assert commands(text) == [["a", "b"], ["c", "d e"], ["f", "g"], ["h", "i=2"]]
+
+
+def test_options_named_in_the_readmes_text_exist():
+    prose = re.sub(r"^```.*?^```", "", README, flags=re.DOTALL | re.MULTILINE)
+    cli = [sys.executable, "-m", "qwen4b_asr"]
+    known = "".join(help_of([*cli, *words]) for words in ([], ["convert"], ["verify"], ["train"]))
+    pip = {"--force-reinstall", "--no-deps"}
+    named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", prose)) - pip
+    assert {"--model", "--prompt-profile"} <= named | set(re.findall(r"--[a-z-]+", README))
+    assert [option for option in sorted(named) if not re.search(rf"{option}(?![\w-])", known)] == []
