@@ -224,7 +224,7 @@ def _resample_blocks(blocks: Iterator[Samples], rate_in: int, rate_out: int) -> 
         import soxr  # type: ignore[import-untyped]  # here, because it loads a shared library
 
         stream = soxr.ResampleStream(rate_in, rate_out, 1, dtype="float32", quality="HQ")
-        parts = [stream.resample_chunk(np.ascontiguousarray(block)) for block in blocks]
+        parts = [stream.resample_chunk(block) for block in blocks]
         parts.append(stream.resample_chunk(np.zeros(0, np.float32), last=True))
     return parts[0] if len(parts) == 1 else np.concatenate([np.zeros(0, np.float32), *parts])
 

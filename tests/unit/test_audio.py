@@ -85,8 +85,17 @@ def test_channels_are_averaged():
 def test_long_files_equal_arrays():
     """The decoder works in blocks; seams between them must not be heard."""
     samples = np.random.default_rng(5).uniform(-1, 1, (200_000, 2)).astype(np.float32)
-    got = load_audio(encoded(samples, 44_100, "WAV", "FLOAT"))
-    assert np.array_equal(got, load_audio(samples, 44_100))
+    data = encoded(samples, 44_100, "WAV", "FLOAT")
+    for target_rate in (SAMPLE_RATE, 44_100):
+        want = load_audio(samples, 44_100, target_rate=target_rate)
+        assert np.array_equal(load_audio(data, target_rate=target_rate), want)
+
+
+def test_strided_views_are_read_in_order():
+    pairs = np.random.default_rng(6).uniform(-1, 1, 8000).astype(np.float32)
+    for view in (pairs[::2], pairs[::-1]):
+        np.testing.assert_array_equal(resample(view, 8000, SAMPLE_RATE), resample(view.copy(), 8000, SAMPLE_RATE))
+        np.testing.assert_array_equal(load_audio(view, 8000), load_audio(view.copy(), 8000))
 
 
 @pytest.mark.parametrize(
@@ -232,6 +241,19 @@ def test_cut_files(tmp_path, suffix, container, subtype, _tolerance, left):
     message = refusal(path)
     assert message.startswith(f"{path}: ")
     assert "cut short" in message
+
+
+def test_cut_wav_behind_other_chunks():
+    data = encoded(tone(), SAMPLE_RATE, "WAV", "PCM_16")
+    padded = data[:36] + b"LIST\5\0\0\0abcde\0" + data[36:]  # chunks of odd length have a pad byte
+    np.testing.assert_array_equal(load_audio(padded), load_audio(data))
+    assert "at least 1 bytes are missing" in refusal(padded[:-1])
+
+
+def test_cut_wav_above_four_gigabytes():
+    data = bytearray(encoded(tone(), SAMPLE_RATE, "RF64", "PCM_16"))
+    data[28:36] = struct.pack("<Q", 5 << 30)  # ds64: the length of the data chunk
+    assert f"at least {(5 << 30) - 32_000} bytes" in refusal(bytes(data))
 
 
 @pytest.mark.parametrize("mode", ["CONSTANT", "VARIABLE"])
