@@ -1,12 +1,13 @@
-"""Decoded text made presentable, and transcripts written as text or JSON.
+"""Decoded text: cleaned, joined across segments, and written in the output formats.
 
-Pure functions: text or a plain dictionary in, text out. A transcript is the
-dictionary that `Transcript.to_dict()` gives; nothing here knows the class.
+Pure functions and one small state machine. A transcript is here the dictionary
+that `Transcript.to_dict()` gives; nothing in this file knows the class.
 """
 
+from __future__ import annotations
+
 import json
-import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 FORMATS = ("txt", "json")
@@ -15,14 +16,89 @@ FORMATS = ("txt", "json")
 JSON_KEYS = ("text", "language", "duration_seconds", "finish_reason", "segments", "tokens", "timings", "model")
 """What every JSON transcript carries, in this order, whatever else it may carry behind them."""
 
-# Qwen3 writes this in front of an answer when thinking is switched off. One with thoughts in it is left standing:
-# it is not what was asked for, and hiding it would hide that.
-_EMPTY_THOUGHT = re.compile(r"^\s*<think>\s*</think>")
+_THINK_OPEN = "<think>"
+_THINK_CLOSE = "</think>"
 
 
-def clean(text: str) -> str:
-    """Take an empty `<think></think>` block at the start and the white space at both ends off; change nothing else."""
-    return _EMPTY_THOUGHT.sub("", text, count=1).strip()
+def clean_text(text: str) -> str:
+    """Remove what is not speech: empty think blocks at the start, and white space around the text."""
+    return _clean_head(text).rstrip()
+
+
+class CleanStream:
+    """`clean_text` for text that comes in pieces: what it returns, joined, equals the cleaned whole.
+
+    The beginning is held back while it may still become an empty think block, and white space until
+    something follows it.
+    """
+
+    def __init__(self) -> None:
+        self._held = ""
+        self._started = False
+
+    def push(self, piece: str) -> str:
+        """Add a piece; return the text that is certain now, often empty."""
+        self._held += piece
+        if not self._started:
+            head = self._held.lstrip()
+            if _may_be_empty_think(head):
+                return ""
+            self._held = _clean_head(head)
+            if not self._held:
+                return ""
+            self._started = True
+        certain = self._held.rstrip()
+        self._held = self._held[len(certain) :]
+        return certain
+
+    def flush(self) -> str:
+        """Return what is left at the end."""
+        rest = self._held.rstrip() if self._started else clean_text(self._held)
+        self._held = ""
+        return rest
+
+
+def _clean_head(text: str) -> str:
+    """Remove white space and empty think blocks from the start of `text`, leaving its end alone."""
+    text = text.lstrip()
+    while text.startswith(_THINK_OPEN):
+        inside, close, rest = text[len(_THINK_OPEN) :].partition(_THINK_CLOSE)
+        if not close or inside.strip():
+            break
+        text = rest.lstrip()
+    return text
+
+
+def _may_be_empty_think(head: str) -> bool:
+    """Tell whether `head`, without leading white space, could still turn into an empty think block and no more."""
+    if len(head) < len(_THINK_OPEN):
+        return _THINK_OPEN.startswith(head)
+    if not head.startswith(_THINK_OPEN):
+        return False
+    inside = head[len(_THINK_OPEN) :].lstrip()
+    return len(inside) < len(_THINK_CLOSE) and _THINK_CLOSE.startswith(inside)
+
+
+def join_segments(texts: Sequence[str]) -> str:
+    """Join the texts of consecutive segments: a space between words that need one, none between CJK characters."""
+    joined = ""
+    for text in texts:
+        if joined and text and not (_is_wide(joined[-1]) or _is_wide(text[0])):
+            joined += " "
+        joined += text
+    return joined
+
+
+def _is_wide(character: str) -> bool:
+    """Tell whether a character belongs to a script written without spaces, or to its punctuation."""
+    code = ord(character)
+    return (
+        0x2E80 <= code <= 0x30FF  # radicals, CJK punctuation, kana
+        or 0x3400 <= code <= 0x9FFF  # ideographs
+        or 0xF900 <= code <= 0xFAFF  # compatibility ideographs
+        or 0xFF00 <= code <= 0xFFEF  # full-width forms
+        or 0x20000 <= code <= 0x3FFFF  # further ideographs
+    )
 
 
 def one_line(text: str) -> str:
