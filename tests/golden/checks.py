@@ -5,14 +5,16 @@ Every check looks its stage up when it runs, so that a defect patched into the p
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-from qwen4b_asr import adaptor, decoder, encoder, features
+from qwen4b_asr import adaptor, decoder, encoder, features, generate, prompt, sampling, tokenizer
+from qwen4b_asr.cache import KVCache
 
-from .support import Golden, compare, fill, golden, recorded
+from .support import DATA, GoldenMismatch, StaleGolden, compare, compare_ids, fill, golden, recorded
 
 WAVEFORMS = (
     "noise_400", "noise_401", "noise_559", "noise_560", "noise_1360", "noise_16000",
@@ -194,8 +196,6 @@ def check_decoder_padded(name: str) -> None:
 
 def check_decoder_steps(name: str, make_cache: Any = None) -> None:
     """Logits of a prompt taken in chunks of 6, 1, 1, 4 and 2 through a cache."""
-    from qwen4b_asr.cache import KVCache
-
     data, model = golden(name), build_decoder(name)
     caches = [(make_cache or KVCache)() for _ in model.model.layers]
     embeds, start = model.embed(mx.array(data["ids"])), 0
@@ -208,13 +208,95 @@ def check_decoder_steps(name: str, make_cache: Any = None) -> None:
 
 
 def check_decoder_far(name: str) -> None:
-    """Positions that begin at 3000."""
+    """Positions that begin at 1000."""
     data, model = golden(name), build_decoder(name)
-    caches = [Cache(3000) for _ in model.model.layers]
+    caches = [Cache(1000) for _ in model.model.layers]
     logits = model(model.embed(mx.array(data["ids"])), caches)
-    compare(logits, data["logits/far"], "decoder", "logits at positions from 3000")
+    compare(logits, data["logits/far"], "decoder", "logits at positions from 1000")
 
 
-def stored_weights(data: Golden) -> dict[str, np.ndarray]:
-    """Return the weights of a file under the keys they are stored by."""
-    return {key: value for key, value in data.tensors.items() if key.startswith("weight/")}
+def run_generation(model: decoder.Qwen3, embeds: mx.array, case: dict[str, Any], max_tokens: int) -> list[int]:
+    """Generate with the settings of a golden case; the token that stops a run is part of the original's ids."""
+    chosen = sampling.SamplingOptions(**case["options"])
+    options = generate.GenerationOptions(max_tokens, tuple(case.get("stop", ())), chosen, prefill_chunk=7)
+    run = generate.Generation(model, embeds, options)
+    ids = list(run)
+    return [*ids, *case["stop"]] if run.finish_reason == "stop" else ids
+
+
+def check_generation(name: str) -> None:
+    """Ids that transformers' generate gives for one setting of the processors."""
+    data, model = golden("generation"), build_decoder("generation")
+    case = data.fact("cases")[name]
+    embeds = model.embed(mx.array(case["prompt"]))
+    compare_ids(run_generation(model, embeds, case, data.fact("max_tokens")), case["ids"], f"generation {name}")
+
+
+PROCESSORS = ("penalty_1.2", "ngram_1", "ngram_2", "ngram_3", "ngram_4", "top_k_1", "top_k_7", "top_p_0.3", "top_p_0.9")
+
+
+def check_processor(name: str) -> None:
+    """Scores after one of the processors."""
+    data = golden("generation")
+    scores, history = mx.array(data["processors/scores"]), data["processors/history"].tolist()
+    kind, _, value = name.rpartition("_")
+    found = {
+        "penalty": lambda: sampling.penalise_repetition(scores, history, float(value)),
+        "ngram": lambda: sampling.ban_repeated_ngrams(scores, history, int(value)),
+        "top_k": lambda: sampling.keep_top_k(scores, int(value)),
+        "top_p": lambda: sampling.keep_top_p(scores, float(value)),
+    }[kind]()
+    wanted = data[f"processors/{name}"]
+    compare(np.isfinite(np.asarray(found)), np.isfinite(wanted), "exact", f"tokens left by {name}")
+    kept = np.isfinite(wanted)
+    compare(np.asarray(found)[kept], wanted[kept], "decoder", f"scores after {name}")
+
+
+def run_names() -> list[str]:
+    """Return every run of the whole pipeline: profile, task and clip."""
+    return sorted(golden("generation").fact("runs"))
+
+
+def clip_samples(clip: str) -> mx.array:
+    """Return the recording of a run, (N,) in [-1, 1]."""
+    first, last = golden("generation")[f"{clip}/range"].tolist()
+    return waveform("speech")[first:last]
+
+
+def require_one_set() -> None:
+    """Refuse a generation file made with other weights than the encoder and adaptor files hold."""
+    for name in ("encoder", "adaptor"):
+        digest = hashlib.sha256()
+        weights = {key: value for key, value in golden(name).tensors.items() if key.startswith("weight/")}
+        for key in sorted(weights):
+            digest.update(key.encode() + weights[key].tobytes())
+        if digest.hexdigest()[:16] != golden("generation").fact(f"{name}_weights"):
+            raise StaleGolden(
+                f"generation.safetensors was made with another {name}: {golden('generation').metadata['regenerate']}"
+            )
+
+
+def check_pipeline(name: str) -> None:
+    """Sound to token ids through every stage, each compared on the way."""
+    require_one_set()
+    data = golden("generation")
+    run = data.fact("runs")[name]
+    profile, task, clip = name.split("/")
+    rows = build_frontend()(clip_samples(clip))
+    compare(rows, data[f"{clip}/features"], "features", f"features of {clip}")
+    states, _ = build_encoder()(rows[None])
+    # From here on the small differences of the features count as well, hence the looser bound.
+    compare(states[0], data[f"{clip}/states"], "whole", f"audio states of {clip}")
+    audio = build_adaptor()(states)
+    compare(audio[0], data[f"{clip}/audio"], "whole", f"audio embeddings of {clip}")
+    model, reader = build_decoder("generation"), tokenizer.Tokenizer(DATA / "tokenizer.json")
+    before, after = (reader.encode(t) for t in prompt.prompt_pieces(prompt.PromptConfig(), profile, task))
+    spelled = [ids for ids in run["piece_ids"] if ids is not None]
+    if [ids for ids in (before, after) if ids] != spelled:
+        raise GoldenMismatch(f"{name}: the prompt is spelled {(before, after)} instead of {spelled}")
+    embeds = prompt.splice(before, audio[0], after, model.embed)
+    case = {"options": {"repetition_penalty": 1.2, "no_repeat_ngram": 4}}
+    ids = run_generation(model, embeds, case, data.fact("max_tokens"))
+    compare_ids(ids, run["ids"], name)
+    if reader.decode(ids) != run["text"]:
+        raise GoldenMismatch(f"{name}: text {reader.decode(ids)!r} instead of {run['text']!r}")

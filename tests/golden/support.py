@@ -43,6 +43,7 @@ TOLERANCES = {
     "encoder": Tolerance(relative=1e-5, largest=1e-4),
     "adaptor": Tolerance(relative=2e-5, largest=1e-4),
     "decoder": Tolerance(relative=2e-5, largest=2e-4),
+    "whole": Tolerance(relative=2e-5, largest=2e-4),
     "exact": Tolerance(relative=0.0, largest=0.0),
 }
 
@@ -149,7 +150,9 @@ def compare_ids(actual: list[int], expected: list[int], what: str) -> None:
             (i for i, (a, b) in enumerate(zip(actual, expected, strict=False)) if a != b),
             min(len(actual), len(expected)),
         )
-        raise GoldenMismatch(f"{what}: ids differ from step {step}: {actual[step:][:6]} instead of {expected[step:][:6]}")
+        raise GoldenMismatch(
+            f"{what}: ids differ from step {step}: {actual[step:][:6]} instead of {expected[step:][:6]}"
+        )
 
 
 def fill(module: nn.Module, weights: Mapping[str, np.ndarray]) -> Any:

@@ -25,7 +25,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
+from safetensors.numpy import save as serialise
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import reference as ref
@@ -66,16 +67,15 @@ SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"
 AUDIO = "<audio>"
 # Written out here, not taken from the package: the goldens must not follow a change of the package by themselves.
 THINK = "<think>\n\n</think>\n\n"
+SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+ASSISTANT = "<|im_end|>\n<|im_start|>assistant\n" + THINK
 PROMPTS: dict[str, list[str]] = {
-    "plain/zh": ["这是一段中文语音，请转录：", AUDIO],
-    "raw/zh": [AUDIO],
-    "instruct/zh": ["语音转写成中文：", AUDIO, "只输出转写文字，不要分析或解释："],
-    "instruct/en": ["Translate the speech to English:", AUDIO, THINK],
-    "chatml/zh": [
-        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n语音转写：",
-        AUDIO,
-        "<|im_end|>\n<|im_start|>assistant\n" + THINK,
-    ],
+    "plain/transcribe": ["这是一段中文语音，请转录：", AUDIO],
+    "raw/transcribe": [AUDIO],
+    "instruct/transcribe": ["语音转写成中文：", AUDIO, "只输出转写文字，不要分析或解释："],
+    "instruct/translate": ["Translate the speech to English:", AUDIO, THINK],
+    "chatml/transcribe": [SYSTEM + "语音转写成中文：", AUDIO, ASSISTANT],
+    "chatml/translate": [SYSTEM + "Translate the speech to English:", AUDIO, ASSISTANT],
 }
 CHAT = {
     "translate": "Translate to English: 今天天气很好，我们去公园吧。",
@@ -98,7 +98,13 @@ def save(name: str, tensors: Tensors, **facts: Any) -> None:
         **{key: json.dumps(value, ensure_ascii=False) for key, value in facts.items()},
     }
     path = DATA / f"{name}.safetensors"
-    save_file({key: np.ascontiguousarray(value) for key, value in sorted(tensors.items())}, path, metadata)
+    content = serialise({key: np.ascontiguousarray(value) for key, value in tensors.items()}, metadata)
+    # The library writes the header in an order of chance; sorted, the same numbers are the same file.
+    size = int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8 : 8 + size]), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    encoded = header.encode()
+    encoded += b" " * (-len(encoded) % 8)
+    path.write_bytes(len(encoded).to_bytes(8, "little") + encoded + content[8 + size :])
     print(f"{path.name}: {len(tensors)} tensors, {path.stat().st_size / 1e6:.2f} MB")
 
 
@@ -237,7 +243,8 @@ def make_adaptor() -> None:
         np.random.default_rng(SEED + 61).standard_normal((3, max(lengths), ADAPTOR["input_size"])).astype(np.float32)
     )
     padding = torch.arange(max(lengths))[None] >= torch.tensor(lengths)[:, None]
-    with torch.no_grad(), ref.recorded({f"layers.{i}": layer for i, layer in enumerate(model.transformer.layers)}) as layers:
+    groups = {f"layers.{i}": layer for i, layer in enumerate(model.transformer.layers)}
+    with torch.no_grad(), ref.recorded(groups) as layers:
         out["batch/output"] = numpy(model(states, padding))
         out["single/output"] = numpy(model(states[:1]))
         for name, value in layers.items():
@@ -272,7 +279,7 @@ def decoder_activations(model: Any, config: dict[str, Any]) -> Tensors:
             cache, start = result.past_key_values, start + width
             out[f"steps/{step}"] = numpy(result.logits)
         # Positions far from zero, where a wrong frequency or angle shows.
-        far = torch.arange(3000, 3014)[None].expand(2, -1)
+        far = torch.arange(1000, 1014)[None].expand(2, -1)
         out["logits/far"] = numpy(model(input_ids=ids, position_ids=far).logits)
     return out
 
@@ -289,7 +296,8 @@ def make_tokenizer() -> None:
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
     pattern = (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
@@ -313,12 +321,15 @@ def make_tokenizer() -> None:
     tokenizer.save(str(DATA / "tokenizer.json"), pretty=False)
 
 
-def load_tokenizer(path: Path) -> Callable[[str], list[int]]:
-    """Return transformers' reading of a tokenizer.json as text → ids, nothing added."""
+def load_tokenizer(path: Path) -> tuple[Callable[[str], list[int]], Callable[[list[int]], str]]:
+    """Return transformers' reading of a tokenizer.json: text → ids, nothing added, and back, specials skipped."""
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(path))
-    return lambda text: tokenizer.encode(text, add_special_tokens=False)
+    return (
+        lambda text: tokenizer.encode(text, add_special_tokens=False),
+        lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
+    )
 
 
 def splice(model: Any, pieces: Sequence[str], encode: Callable[[str], list[int]], audio: torch.Tensor) -> torch.Tensor:
@@ -367,7 +378,7 @@ def attempt(seed: int, audio: dict[str, torch.Tensor]) -> tuple[Any, dict[str, A
             return None
         early, margin = ref.generate(model, embeds, max_tokens=MAX_TOKENS, stop=[stop], **PROCESSORS["both"])
         cases["stop"] = cases["both"] | dict(ids=early, margin=margin, stop=[stop])
-        encode = load_tokenizer(DATA / "tokenizer.json")
+        encode, decode = load_tokenizer(DATA / "tokenizer.json")
         runs: dict[str, Any] = {}
         for profile, pieces in PROMPTS.items():
             for clip, rows in audio.items():
@@ -377,9 +388,27 @@ def attempt(seed: int, audio: dict[str, torch.Tensor]) -> tuple[Any, dict[str, A
                     return None
                 piece_ids = [None if piece == AUDIO else encode(piece) for piece in pieces]
                 runs[f"{profile}/{clip}"] = dict(ids=ids, margin=margin, pieces=pieces, piece_ids=piece_ids)
+                runs[f"{profile}/{clip}"]["text"] = decode(ids)
         if len({tuple(run["ids"]) for run in runs.values()}) < len(runs):
             return None
     return model, dict(cases=cases, runs=runs)
+
+
+def processed() -> Tensors:
+    """Scores before and after each of transformers' processors, on a history that repeats itself."""
+    from transformers.generation import logits_process as hf
+
+    random = np.random.default_rng(SEED + 95)
+    scores = torch.from_numpy((3 * random.standard_normal((1, 60))).astype(np.float32))
+    history = torch.tensor([[5, 9, 5, 17, 8, 5, 9, 5, 41, 5, 9, 5]])
+    out = {"processors/scores": numpy(scores[0]), "processors/history": numpy(history[0]).astype(np.int32)}
+    steps = {"penalty_1.2": hf.RepetitionPenaltyLogitsProcessor(1.2)}
+    steps |= {f"ngram_{size}": hf.NoRepeatNGramLogitsProcessor(size) for size in (1, 2, 3, 4)}
+    steps |= {f"top_k_{k}": hf.TopKLogitsWarper(k) for k in (1, 7)}
+    steps |= {f"top_p_{p}": hf.TopPLogitsWarper(p) for p in (0.3, 0.9)}
+    for name, step in steps.items():
+        out[f"processors/{name}"] = numpy(step(history, scores.clone())[0])
+    return out
 
 
 def make_generation() -> None:
@@ -389,8 +418,8 @@ def make_generation() -> None:
     encoder, adaptor = encoder_model(ENCODER, SEED + 10), ref.Adaptor(**ADAPTOR)
     ref.randomise(adaptor, SEED + 60, gain=1.2)
     for name, module in (("encoder", encoder), ("adaptor", adaptor)):
-        stored = {key: value for key, value in load_file(DATA / f"{name}.safetensors").items() if key.startswith("weight/")}
-        if fingerprint(weights(module)) != fingerprint(stored):
+        stored = load_file(DATA / f"{name}.safetensors")
+        if fingerprint(weights(module)) != fingerprint({k: v for k, v in stored.items() if k.startswith("weight/")}):
             raise SystemExit(f"{name}.safetensors holds other weights: regenerate it first")
     front = ref.frontend(mvn_text)
     audio, out = {}, {}
@@ -411,7 +440,7 @@ def make_generation() -> None:
         raise SystemExit("no seed gives a sequence with clear margins: lower MARGIN or widen the search")
     model, facts = found
     print(f"seed {seed} after {seed - SEED - 99} tries")
-    out |= weights(model) | decoder_activations(model, DECODER)
+    out |= weights(model) | decoder_activations(model, DECODER) | processed()
     save(
         "generation",
         out,
@@ -430,12 +459,13 @@ def make_prompt_ids(path: Path) -> None:
 
     settings = json.loads((path.parent / "tokenizer_config.json").read_text(encoding="utf-8"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(path), chat_template=settings["chat_template"])
-    encode = load_tokenizer(path)
+    encode, _ = load_tokenizer(path)
     chat = {}
     for name, text in CHAT.items():
         turns = [{"role": "user", "content": text}]
         options = dict(add_generation_prompt=True, enable_thinking=False, tokenize=False)
-        chat[name] = dict(user=text, ids=encode(tokenizer.apply_chat_template(turns, **options)))
+        prompt = tokenizer.apply_chat_template(turns, **options)
+        chat[name] = dict(user=text, text=prompt, ids=encode(prompt))
     golden = {
         "schema": SCHEMA,
         "regenerate": "python tools/golden/make_golden.py --only prompt_ids --qwen3-tokenizer PATH/tokenizer.json",
@@ -464,8 +494,9 @@ def main() -> None:
     parser.add_argument("--only", choices=names, action="append", help="write this file (repeatable; default: all)")
     parser.add_argument("--speech", type=Path, help="recording to cut the excerpt from, 16 kHz mono")
     parser.add_argument("--mvn", type=Path, help="SenseVoiceSmall's am.mvn")
-    parser.add_argument("--qwen3-tokenizer", type=Path, help="the real tokenizer.json, beside its tokenizer_config.json")
+    parser.add_argument("--qwen3-tokenizer", type=Path, help="real tokenizer.json, beside its tokenizer_config.json")
     options = parser.parse_args()
+    makers = dict(encoder=make_encoder, adaptor=make_adaptor, decoder=make_decoder, generation=make_generation)
     DATA.mkdir(parents=True, exist_ok=True)
     for name in options.only or names:
         if name == "features":
@@ -476,7 +507,7 @@ def main() -> None:
             else:
                 print("prompt_ids.json left as it is: it needs --qwen3-tokenizer")
         else:
-            {"encoder": make_encoder, "adaptor": make_adaptor, "decoder": make_decoder, "generation": make_generation}[name]()
+            makers[name]()
 
 
 if __name__ == "__main__":

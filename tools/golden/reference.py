@@ -31,7 +31,7 @@ logging.disable(logging.WARNING)
 with contextlib.redirect_stdout(io.StringIO()):  # funasr announces every optional package that it misses
     from funasr.frontends.wav_frontend import WavFrontend, apply_lfr, load_cmvn
     from funasr.models.sense_voice.model import SenseVoiceSmall
-from transformers import Qwen3Config, Qwen3ForCausalLM
+    from transformers import Qwen3Config, Qwen3ForCausalLM
 
 __all__ = [
     "Adaptor",
@@ -45,6 +45,7 @@ __all__ = [
     "load_cmvn",
     "randomise",
     "recorded",
+    "run_frontend",
     "versions",
 ]
 
