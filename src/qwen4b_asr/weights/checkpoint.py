@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from ..errors import CheckpointError
@@ -39,6 +40,6 @@ def open_checkpoint(path: Path) -> dict[str, TensorRef]:
     raise CheckpointError(f"{path}: neither a torch checkpoint nor a safetensors file")
 
 
-def files_of(refs: dict[str, TensorRef]) -> list[Path]:
+def files_of(refs: Mapping[str, TensorRef]) -> list[Path]:
     """Return the files that hold the tensors, each once."""
     return list(dict.fromkeys(ref.file for ref in refs.values()))
