@@ -339,7 +339,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (VendorError, ImportReadError, OSError, SyntaxError) as error:
         print(f"tools/vendor.py: {error}", file=sys.stderr)
         return 2
-    print(f"copied {len(plan.files)} files for {', '.join(plan.stages)} to {options.to}; needs {', '.join(plan.needs)}")
+    needs = ", ".join(plan.needs) or "nothing else"
+    print(f"copied {len(plan.files)} files for {', '.join(plan.stages)} to {options.to}; needs {needs}")
     return 0
 
 

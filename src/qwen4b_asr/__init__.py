@@ -15,11 +15,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from .errors import AsrError, AudioError, CheckpointError, ConfigError, ModelNotFoundError, PromptError
+from .version import __version__
 
 if TYPE_CHECKING:
     from .transcribe import Segment, Transcriber, Transcript, load
-
-__version__ = "0.1.0"
 
 __all__ = [
     "AsrError",
