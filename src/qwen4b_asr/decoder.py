@@ -213,7 +213,7 @@ class Qwen3(nn.Module):
         rows = x.shape[1]
         attention_mask: mx.array | str | None = "causal" if rows > 1 else None
         if mask is not None:
-            attention_mask = _padded_causal_mask(mask)
+            attention_mask = padded_causal_mask(mask)
         for i, layer in enumerate(layers):
             x = layer(x, attention_mask, None if cache is None else cache[i])
         return self.model.norm(x)
@@ -234,8 +234,11 @@ class Qwen3(nn.Module):
         return self.logits(self.hidden(inputs_embeds, cache, mask))
 
 
-def _padded_causal_mask(mask: mx.array) -> mx.array:
-    """Causal and key mask in one, (B, 1, S, S); a padding row sees itself, lest its softmax be empty."""
+def padded_causal_mask(mask: mx.array) -> mx.array:
+    """Join the causal mask and a key mask (B, S) into (B, 1, S, S).
+
+    A padding row sees itself, since the softmax of an empty row is not a number on some back ends.
+    """
     rows = mask.shape[1]
     index = mx.arange(rows)
     causal = index[:, None] >= index[None, :]

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwen4b_asr.cache import KVCache
-from qwen4b_asr.decoder import DecoderConfig, Qwen3
+from qwen4b_asr.decoder import DecoderConfig, Qwen3, padded_causal_mask
 from tests.helpers.tiny import CONFIG, chunkings, max_abs, randomise, rows, tiny_model
 
 WIDTH = CONFIG.decoder.hidden_size
@@ -54,6 +54,13 @@ def test_padding_in_front_is_invisible(length, padding, junk, seed):
     logits = decoder(padded, mask=mask)
     assert bool(mx.all(mx.isfinite(logits)))
     assert max_abs(logits[:, padding:] - decoder(x)) < 2e-4 * max(1.0, max_abs(decoder(x)))
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=7))
+def test_no_row_of_the_padded_mask_is_empty(real):
+    (((*rows_of_mask,),),) = np.array(padded_causal_mask(mx.array([real])))
+    for i, row in enumerate(rows_of_mask):
+        assert row.tolist() == [(j <= i and real[j]) or i == j for j in range(len(real))]
 
 
 @given(st.integers(2, 12), st.integers(0, 99))
