@@ -13,8 +13,8 @@ from typing import Any
 FORMATS = ("txt", "json")
 """Names that `format_transcript` knows, which are also the file suffixes."""
 
-JSON_KEYS = ("text", "language", "duration_seconds", "finish_reason", "segments", "tokens", "timings", "model")
-"""What every JSON transcript carries, in this order, whatever else it may carry behind them."""
+JSON_KEYS = ("text", "tokens", "language", "duration_seconds", "segments", "timings", "finish_reason")
+"""What every JSON transcript carries, whatever else it may carry."""
 
 _THINK_OPEN = "<think>"
 _THINK_CLOSE = "</think>"
@@ -131,8 +131,6 @@ def _to_json(transcript: Mapping[str, Any]) -> str:
     missing = [key for key in JSON_KEYS if key not in transcript]
     if missing:
         raise ValueError(f"[format_transcript] a transcript must have {', '.join(JSON_KEYS)} but got no {missing[0]}")
-    ordered = {key: transcript[key] for key in JSON_KEYS}
-    ordered.update((key, value) for key, value in transcript.items() if key not in ordered)
     # Other code units that end a line somewhere are escaped, so that one object is one line for every reader.
-    line = json.dumps(ordered, ensure_ascii=False, allow_nan=False)
+    line = json.dumps(dict(transcript), ensure_ascii=False, allow_nan=False)
     return line.replace("\x85", r"\u0085").replace("\u2028", r"\u2028").replace("\u2029", r"\u2029") + "\n"

@@ -1,0 +1,86 @@
+"""Entry point of `qwen4b-asr`: picks the command, and turns every failure into one line and an exit status."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from importlib import import_module
+
+from ..errors import AsrError, PromptError
+from ._terminal import PROGRAM, OutputError, complain, discard_stdout, load_blas, unexpected
+
+COMMANDS = ("convert", "verify", "train")
+"""Modules beside this one with `add_arguments(parser)` and `run(args) -> int`, called by the first word; a recording
+of such a name is given as ./convert."""
+
+INTERRUPTED = 130
+BROKEN_PIPE = 141
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: What stands behind the program's name; None takes it from `sys.argv`.
+
+    Returns:
+        The exit status: 0, 1 if something failed, 2 for wrong usage, 130 after Ctrl-C, 141 when the reader of standard
+        output went away.
+
+    Raises:
+        SystemExit: From argparse, after `--help`, `--version` and wrong usage.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    options = words[: words.index("--")] if "--" in words else words
+    debug = "--debug" in options
+    if debug:
+        words.remove("--debug")
+    if hasattr(sys.stdout, "reconfigure"):  # a terminal that cannot show a character is no reason to stop
+        sys.stdout.reconfigure(errors="backslashreplace")
+    return _guarded(lambda: _run(words, debug), debug)
+
+
+def _run(words: list[str], debug: bool) -> int:
+    if not words or words[0] not in COMMANDS:
+        from .transcribe import run
+
+        return run(words, debug)
+    module = import_module(f".{words[0]}", package=__package__)
+    description = (module.__doc__ or "").partition(": ")[2].strip()
+    parser = argparse.ArgumentParser(
+        prog=f"{PROGRAM} {words[0]}", description=description[:1].upper() + description[1:], allow_abbrev=False
+    )
+    module.add_arguments(parser)
+    options = parser.parse_args(words[1:])
+    load_blas(parser)
+    return int(module.run(options))
+
+
+def _guarded(action: Callable[[], int], debug: bool) -> int:
+    """Run the action; say in one line what went wrong, with a traceback only for `--debug`."""
+    try:
+        return action()
+    except KeyboardInterrupt:
+        complain("interrupted")
+        return INTERRUPTED
+    except OutputError as error:
+        discard_stdout()
+        if isinstance(error.__cause__, BrokenPipeError):  # `| head -1` has seen enough
+            return BROKEN_PIPE
+        complain(str(error))
+        return 1
+    except BrokenPipeError:
+        discard_stdout()
+        return BROKEN_PIPE
+    except AsrError as error:
+        if debug:
+            traceback.print_exc()
+        complain(str(error))
+        return 2 if isinstance(error, PromptError) else 1
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        complain(unexpected(error))
+        return 1

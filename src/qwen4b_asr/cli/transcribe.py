@@ -1,0 +1,289 @@
+"""`qwen4b-asr FILE...`: recordings in, text or JSON out."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..version import __version__
+from ..errors import AsrError, AudioError
+from ..text import FORMATS, format_transcript, one_line
+from ._terminal import (
+    PROGRAM,
+    OutputError,
+    Progress,
+    complain,
+    hushed_libraries,
+    load_blas,
+    unexpected,
+    write_stdout,
+    write_whole,
+)
+
+if TYPE_CHECKING:
+    from ..transcribe import Transcriber
+
+MODEL_VARIABLE = "QWEN4B_ASR_MODEL"
+
+DESCRIPTION = "Transcribe recordings: WAV, FLAC, OGG, MP3, at any rate, with any number of channels."
+
+EPILOG = f"""\
+output:
+  one file       its text
+  several files  one line each: path, tab, text
+  --format json  one line per file: an object with file, text, tokens, language, duration_seconds, segments, timings,
+                 finish_reason, model
+  --output-dir   DIR/STEM.txt or DIR/STEM.json; a second input of the same stem gets STEM-2
+
+other commands (--help after each):
+  {PROGRAM} convert    build a model directory from its published parts
+  {PROGRAM} verify     check a model directory
+  {PROGRAM} train      train the demonstration model
+  A recording with such a name is given as ./convert.
+
+environment:
+  {MODEL_VARIABLE}   model to use without --model
+  QWEN4B_ASR_BLAS    Linux: BLAS library to load for MLX, or off; an OpenBLAS is found by itself
+
+exit status:
+  0 all done, 1 a file failed (the others are still done), 2 wrong usage, 130 interrupted
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Describe the options of the transcription command."""
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM,
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("files", nargs="+", metavar="FILE", help="a recording; - is standard input")
+    parser.add_argument(
+        "-m",
+        "--model",
+        default=os.environ.get(MODEL_VARIABLE) or None,
+        help=f"directory that `{PROGRAM} convert` wrote, or demo: spoken numbers only [env: {MODEL_VARIABLE}]",
+    )
+    parser.add_argument("-f", "--format", choices=FORMATS, default="txt", help="output format (default: txt)")
+    parser.add_argument("-o", "--output-dir", metavar="DIR", type=Path, help="write one file per recording there")
+    parser.add_argument("-l", "--language", help="auto, zh, en, yue, ja, ko or nospeech (default: auto)")
+    parser.add_argument(
+        "--prompt-profile", metavar="NAME", help="plain, raw, instruct or chatml (default: the model's)"
+    )
+    parser.add_argument(
+        "--max-tokens", type=_positive, metavar="N", help="budget per utterance (default: grows with its duration)"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
+        help="of the decoder (default: auto, float32 on a CPU, bfloat16 on a GPU)",
+    )
+    parser.add_argument("--stream", action="store_true", help="print the text as it comes")
+    parser.add_argument("-q", "--quiet", action="store_true", help="no progress and no warnings, only errors")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
+    return parser
+
+
+def run(arguments: Sequence[str], debug: bool = False) -> int:
+    """Transcribe every file; return 0, or 1 if one failed.
+
+    Args:
+        arguments: The command line without the program's name.
+        debug: Print tracebacks.
+
+    Raises:
+        AsrError: What is wrong for every file: the model, the prompt profile, the language.
+        OutputError: Standard output cannot be written.
+        SystemExit: Wrong usage, `--help`, `--version`.
+    """
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    if options.stream and (options.format != "txt" or options.output_dir):
+        parser.error("--stream prints text: it does not go with --format json or --output-dir")
+    if options.files.count("-") > 1:
+        parser.error("standard input can be read only once")
+    if "-" in options.files and (sys.stdin is None or sys.stdin.isatty()):
+        parser.error("- reads a recording from standard input: pipe one in")
+    if not options.model:
+        from ..weights.find import ADVICE
+
+        parser.exit(2, f"{PROGRAM}: no model given. What you can do:\n{ADVICE}\n  - or set {MODEL_VARIABLE}\n")
+    load_blas(parser)
+    return _Job(options, debug).run()
+
+
+def output_paths(files: Sequence[str], directory: Path, suffix: str) -> list[Path]:
+    """Name one output per input: the input's stem, with -2, -3 … where an earlier input took it.
+
+    Names that differ only in case count as equal, as they do on a Mac's disk.
+    """
+    taken: set[str] = set()
+    paths = []
+    for file in files:
+        stem = "stdin" if file == "-" else Path(file).stem or "audio"
+        name, number = stem, 1
+        while name.casefold() in taken:
+            number += 1
+            name = f"{stem}-{number}"
+        taken.add(name.casefold())
+        paths.append(directory / f"{name}.{suffix}")
+    return paths
+
+
+class _Job:
+    """One run of the command: its options, the model once a recording could be read, what is on the screen."""
+
+    def __init__(self, options: argparse.Namespace, debug: bool) -> None:
+        self.options = options
+        self.debug = debug
+        self.several = len(options.files) > 1
+        self.transcriber: Transcriber | None = None
+        self.line_begun = False
+        self.progress = Progress(len(options.files), quiet=options.quiet)
+
+    def run(self) -> int:
+        status = 0
+        directory = self.options.output_dir
+        paths: list[Path | None] = [None] * len(self.options.files)
+        if directory:
+            paths[:] = output_paths(self.options.files, directory, self.options.format)
+            try:
+                directory.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                complain(f"{directory}: {error.strerror}; choose another --output-dir")
+                return 1
+        with self.progress:
+            for file, path in zip(self.options.files, paths, strict=True):
+                status |= self.one(file, path)
+                self.progress.advance()
+        return status
+
+    def one(self, file: str, path: Path | None) -> int:
+        """Transcribe one file and write the result; return 1 if that failed for reasons of its own."""
+        try:
+            samples, seconds = self.read(file)
+        except Exception as error:
+            return self.failed(file, error)
+        if self.transcriber is None:  # only now: no model is needed to say that no file can be read
+            self.transcriber = self.load()
+        try:
+            transcript = self.transcribe(file, samples, seconds)
+            text = self.written(file, transcript)
+            if path:
+                write_whole(path, text)
+        except OutputError:
+            raise
+        except OSError as error:
+            return self.failed(file, AudioError(f"cannot write {path}: {error.strerror or error}"))
+        except AudioError as error:
+            return self.failed(file, error)
+        except AsrError:
+            raise  # the model or the prompt: no other file would fare better
+        except Exception as error:
+            return self.failed(file, error)
+        if path is None:
+            with self.progress.paused():
+                write_stdout(self.rest_of_line(file, transcript) if self.options.stream else text)
+            self.line_begun = False
+        if transcript["finish_reason"] == "length" and not self.options.quiet:
+            self.say(f"{_shown(file)}: warning: cut off by the token budget; raise it with --max-tokens")
+        return 0
+
+    def read(self, file: str) -> tuple[Any, float]:
+        """Return the waveform and the seconds that reading took."""
+        from ..audio import load_audio
+
+        self.progress.show(_shown(file))
+        start = time.perf_counter()
+        source: Any = sys.stdin.buffer if file == "-" else file
+        if self.debug:
+            return load_audio(source), time.perf_counter() - start
+        with hushed_libraries():
+            return load_audio(source), time.perf_counter() - start
+
+    def load(self) -> Transcriber:
+        self.progress.show(f"loading {self.options.model}")
+        from ..transcribe import load
+
+        return load(self.options.model, dtype=self.options.dtype)
+
+    def transcribe(self, file: str, samples: Any, seconds: float) -> dict[str, Any]:
+        assert self.transcriber is not None
+        self.progress.show(_shown(file))
+        chosen = {name: getattr(self.options, name) for name in ("language", "prompt_profile", "max_tokens")}
+
+        def on_token(piece: str) -> None:
+            self.progress.count_token()
+            if self.options.stream:
+                self.stream(file, piece)
+
+        transcript = self.transcriber.transcribe(
+            samples, on_token=on_token, **{name: value for name, value in chosen.items() if value is not None}
+        ).to_dict()
+        for stage in ("audio", "total"):  # the file was read here, the samples cost nothing there
+            transcript["timings"][stage] = transcript["timings"].get(stage, 0.0) + seconds
+        return {"file": file, **transcript}
+
+    def written(self, file: str, transcript: dict[str, Any]) -> str:
+        if self.options.format == "txt" and self.several and not self.options.output_dir:
+            return f"{file}\t{one_line(transcript['text'])}\n"
+        return format_transcript(transcript, self.options.format)
+
+    def stream(self, file: str, piece: str) -> None:
+        """Print a piece of text, in one line per file if there are several."""
+        if sys.stdout is not None and sys.stdout.isatty():
+            self.progress.close()  # they would write over each other
+        if self.several:
+            piece = piece.replace("\r", " ").replace("\n", " ")
+            if not self.line_begun:
+                piece = f"{file}\t{piece}"
+        self.line_begun = True
+        with self.progress.paused():
+            write_stdout(piece)
+
+    def rest_of_line(self, file: str, transcript: dict[str, Any]) -> str:
+        if self.line_begun or not self.several:
+            return "\n"
+        return f"{file}\t\n"  # a recording without a word
+
+    def failed(self, file: str, error: Exception) -> int:
+        if self.line_begun:
+            write_stdout("\n")
+            self.line_begun = False
+        message = str(error) if isinstance(error, AsrError) else unexpected(error)
+        name = _shown(file)
+        # What the readers say starts with the file's name already.
+        own = file if file != "-" else getattr(sys.stdin.buffer, "name", None)
+        message = message.removeprefix(f"{own}: ")
+        self.say(f"{name}: {message}")
+        if self.debug:
+            traceback.print_exception(error)
+        return 1
+
+    def say(self, message: str) -> None:
+        with self.progress.paused():
+            complain(message)
+
+
+def _shown(file: str) -> str:
+    return "standard input" if file == "-" else file
+
+
+def _positive(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 but got {text!r}")
+    return value
