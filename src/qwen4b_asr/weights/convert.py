@@ -13,11 +13,11 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from .. import __version__
 from ..config import FILE_NAME as CONFIG_FILE
 from ..config import ModelConfig
 from ..errors import ConfigError
 from ..model import SpeechModel
+from ..version import __version__
 from .checkpoint import files_of
 from .directory import (
     PROVENANCE_FILE,
