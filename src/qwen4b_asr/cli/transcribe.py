@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..version import __version__
 from ..errors import AsrError, AudioError
 from ..text import FORMATS, format_transcript, one_line
+from ..version import __version__
 from ._terminal import (
     PROGRAM,
     OutputError,
