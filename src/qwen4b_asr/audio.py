@@ -118,7 +118,7 @@ def _from_path(path: str, sample_rate: int | None, target_rate: int) -> Samples:
 
 
 def _from_file(file: RawIOBase | BytesIO, name: str, sample_rate: int | None, target_rate: int) -> Samples:
-    import soundfile  # type: ignore[import-untyped]  # here, because it loads a shared library
+    import soundfile  # here, because it loads a shared library
 
     _refuse_cut(file, name)
     stated = _mp3_length_is_stated(file)
@@ -221,7 +221,7 @@ def _resample_blocks(blocks: Iterator[Samples], rate_in: int, rate_out: int) -> 
     if rate_in == rate_out:
         parts = list(blocks)
     else:
-        import soxr  # type: ignore[import-untyped]  # here, because it loads a shared library
+        import soxr  # here, because it loads a shared library
 
         stream = soxr.ResampleStream(rate_in, rate_out, 1, dtype="float32", quality="HQ")
         parts = [stream.resample_chunk(block) for block in blocks]

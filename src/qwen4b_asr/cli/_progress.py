@@ -13,7 +13,7 @@ def byte_progress(title: str) -> Iterator[Callable[[str, int, int], None] | None
     if not sys.stderr.isatty():
         yield None
         return
-    from tqdm import tqdm  # type: ignore[import-untyped]
+    from tqdm import tqdm
 
     with tqdm(desc=title, unit="B", unit_scale=True, unit_divisor=1024, file=sys.stderr, leave=False) as bar:
 

@@ -115,7 +115,7 @@ class Progress:
 
     def __enter__(self) -> Progress:
         if self._enabled:
-            from tqdm import tqdm  # type: ignore[import-untyped]
+            from tqdm import tqdm
 
             layout = "{desc} {postfix}[{elapsed}]"
             if self._total > 1:
