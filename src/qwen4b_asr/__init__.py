@@ -18,7 +18,8 @@ from .errors import AsrError, AudioError, CheckpointError, ConfigError, ModelNot
 from .version import __version__
 
 if TYPE_CHECKING:
-    from .transcribe import Segment, Transcriber, Transcript, load
+    from .transcribe import Transcriber, load
+    from .transcript import Segment, TranscribeOptions, Transcript
 
 __all__ = [
     "AsrError",
@@ -28,25 +29,27 @@ __all__ = [
     "ModelNotFoundError",
     "PromptError",
     "Segment",
+    "TranscribeOptions",
     "Transcriber",
     "Transcript",
     "__version__",
     "load",
 ]
 
-_LAZY = frozenset({"Segment", "Transcriber", "Transcript", "load"})
+_PIPELINE = frozenset({"Transcriber", "load"})
+_RESULTS = frozenset({"Segment", "TranscribeOptions", "Transcript"})
 
 
 def __getattr__(name: str) -> Any:
     """Import the names that need MLX when they are first asked for (PEP 562)."""
-    if name not in _LAZY:
+    if name not in _PIPELINE | _RESULTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from . import _blas
+    from ._blas import preload_openblas
 
-    _blas.preload_openblas()
-    from . import transcribe
+    preload_openblas()
+    from . import transcribe, transcript
 
-    return getattr(transcribe, name)
+    return getattr(transcribe if name in _PIPELINE else transcript, name)
 
 
 def __dir__() -> list[str]:

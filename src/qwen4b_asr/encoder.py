@@ -105,8 +105,8 @@ def fsmn_memory(v: mx.array, weight: mx.array, mask: mx.array, left: int, *, shi
         weight: Taps (D, K, 1), MLX's convolution layout.
         mask: (B, R, 1) in the dtype of `v`, 1 on real rows.
         left: Rows of left context; the right context is K - 1 - left.
-        shifted_adds: Sum K shifted copies instead of calling the convolution. The same result; its
-            gradient is three times faster on the CPU.
+        shifted_adds: Sum K shifted copies instead of calling the convolution. The same result; on the CPU it
+            is up to 2.6 times faster and its gradient three times.
 
     Returns:
         Memory (B, R, D).
@@ -153,7 +153,7 @@ class SanmAttention(nn.Module):
             self.fsmn_block.weight,
             mask[:, :, None].astype(v.dtype),
             self.left_context,
-            shifted_adds=self.training,
+            shifted_adds=self.training or mx.default_device().type == mx.DeviceType.cpu,
         )
         q, k, v = (t.reshape(batch, rows, self.heads, -1).swapaxes(1, 2) for t in (q, k, v))
         context = mx.fast.scaled_dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5, mask=mask[:, None, None, :])

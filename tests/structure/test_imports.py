@@ -24,7 +24,7 @@ ROOMS = [
     ("helpers", ["cache", "sampling", "tokenizer", "segment"]),
     ("stages", ["audio", "features", "encoder", "adaptor", "prompt", "decoder", "text"]),
     ("readers", ["config", "weights"]),
-    ("composers", ["model", "generate"]),
+    ("composers", ["model", "generate", "transcript"]),
     ("checkpoints", [f"weights.{name}" for name in ("directory", "load", "parts", "convert", "verify")]),
     ("pipeline", ["transcribe"]),
     ("training", ["training"]),

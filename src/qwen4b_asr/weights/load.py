@@ -60,6 +60,7 @@ def load_model(directory: str | Path, *, dtype: str = "auto") -> tuple[SpeechMod
             wanted = decoder_dtype if name.startswith(_DECODER) else mx.float32
             weights.append((name, array if array.dtype == wanted else array.astype(wanted)))
     model.update(tree_unflatten(weights))
+    model.eval()
     return model, config
 
 
