@@ -29,6 +29,8 @@ def open_checkpoint(path: Path) -> dict[str, TensorRef]:
             head = file.read(64)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
+    if not head:
+        raise CheckpointError(f"{path}: the file is empty; download or copy it again")
     if head.startswith(_GIT_LFS):
         raise CheckpointError(f"{path}: a Git LFS pointer, not the weights; fetch the file itself (git lfs pull)")
     if head[:4] == b"PK\x03\x04":
