@@ -112,6 +112,7 @@ class Progress:
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._tokens = 0
+        self._drawn = False
 
     def __enter__(self) -> Progress:
         if self._enabled:
@@ -155,16 +156,15 @@ class Progress:
     def paused(self) -> Iterator[None]:
         """Clear the line for what is written meanwhile."""
         with self._lock:
-            if self._bar is not None:
-                self._bar.clear()
+            self._wipe()
             yield
 
     def close(self) -> None:
         """Take the line away for good."""
         self._stop.set()
         with self._lock:
+            self._wipe()
             if self._bar is not None:
-                self._bar.leave = False
                 self._bar.close()
                 self._bar = None
 
@@ -175,3 +175,9 @@ class Progress:
             with self._lock:
                 if self._bar is not None:
                     self._bar.refresh()
+                    self._drawn = True
+
+    def _wipe(self) -> None:
+        if self._bar is not None and self._drawn:  # else not even a carriage return
+            self._bar.clear()
+            self._drawn = False
