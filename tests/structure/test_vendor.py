@@ -22,7 +22,7 @@ FILES = {
     "src/qwen4b_asr/errors.py": "class E(Exception): ...\n",
     "src/qwen4b_asr/encoder.py": "import os\nimport mlx.core as mx\nfrom .errors import E\nfrom .kernels import fsmn\n",
     "src/qwen4b_asr/decoder.py": "import mlx.core\nfrom typing import TYPE_CHECKING\n"
-    "if TYPE_CHECKING:\n    import numpy\ndef f():\n    from .cache import C\n    import a_b\n",
+    "if TYPE_CHECKING:\n    import numpy\nelse:\n    import os\ndef f():\n    from .cache import C\n    import a_b\n",
     "src/qwen4b_asr/cache.py": "from . import errors\n",
     "src/qwen4b_asr/kernels/__init__.py": "'''Real.'''\n",
     "src/qwen4b_asr/kernels/_loader.py": "NAME = 'metal/{}.metal'\n",
@@ -174,6 +174,21 @@ def test_local_changes_are_not_overwritten(root, target):
     assert vendor.check(root, target) == []
 
 
+def test_the_change_that_upstream_made_too_is_not_in_the_way(root, target):
+    vendor.vendor(root, target, ["decoder"])
+    same_edit_on_both_sides(root, target)
+    vendor.vendor(root, target)
+    assert vendor.check(root, target) == []
+
+
+def test_byte_code_is_no_drift(root, target):
+    vendor.vendor(root, target, ["cache"])
+    (target / "__pycache__").mkdir()
+    (target / "__pycache__" / "cache.cpython-311.pyc").write_bytes(b"x")
+    assert vendor.check(root, target) == []
+    vendor.vendor(root, target)
+
+
 def test_a_file_that_upstream_dropped_goes_unless_it_was_changed(root, target):
     vendor.vendor(root, target, ["encoder"])
     (root / "src/qwen4b_asr/encoder.py").write_text("import mlx.core\n")
@@ -276,6 +291,7 @@ def test_relative_imports_resolve_as_python_resolves_them(root):
         ("mlx.core", False),
         ("typing", False),
         ("numpy", True),
+        ("os", False),
         ("cache", False),
         ("a_b", False),
     ]
