@@ -66,7 +66,9 @@ class FakeTranscriber:
 
 
 if __name__ == "__main__":
+    from qwen4b_asr.cli import _terminal
     from qwen4b_asr.cli.main import main
 
+    _terminal.PATIENCE_SECONDS, _terminal.TICK_SECONDS = 0.05, 0.02  # impatient, so that tests need not wait
     sys.modules[MODULE] = FakeTranscriber(json.loads(sys.argv[1])).as_module()
     sys.exit(main(sys.argv[2:]))

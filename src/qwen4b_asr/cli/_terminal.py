@@ -14,8 +14,11 @@ from typing import Any
 
 PROGRAM = "qwen4b-asr"
 
-_PATIENCE_SECONDS = 0.4  # what is done sooner needs no progress bar
-_TICK_SECONDS = 0.2
+PATIENCE_SECONDS = 0.4
+"""What is done sooner needs no progress bar."""
+
+TICK_SECONDS = 0.2
+"""Time between two drawings of the progress bar."""
 
 
 class OutputError(Exception):
@@ -111,6 +114,7 @@ class Progress:
         self._bar: Any = None
         self._lock = threading.Lock()
         self._stop = threading.Event()
+        self._activity = ""
         self._tokens = 0
         self._drawn = False
 
@@ -135,6 +139,7 @@ class Progress:
         """Name what is being done."""
         with self._lock:
             self._tokens = 0
+            self._activity = activity
             if self._bar is not None:
                 self._bar.set_description_str(activity, refresh=False)
                 self._bar.set_postfix_str("", refresh=False)
@@ -169,11 +174,11 @@ class Progress:
                 self._bar = None
 
     def _tick(self) -> None:
-        wait = _PATIENCE_SECONDS
+        wait = PATIENCE_SECONDS
         while not self._stop.wait(wait):
-            wait = _TICK_SECONDS
+            wait = TICK_SECONDS
             with self._lock:
-                if self._bar is not None:
+                if self._bar is not None and self._activity:
                     self._bar.refresh()
                     self._drawn = True
 
