@@ -27,7 +27,7 @@ def random_parameters(config: ModelConfig = CONFIG, seed: int = 0) -> Arrays:
     """Values for every parameter of the model, as a converted directory should hold them."""
     shapes = parameter_shapes(SpeechModel(config))
     rng = np.random.default_rng(seed)
-    return {name: mx.array(rng.normal(size=shape).astype(np.float32)) for name, shape in shapes.items()}
+    return {name: mx.array(rng.standard_normal(shape, np.float32)) for name, shape in shapes.items()}
 
 
 def encoder_tensors(parameters: Arrays) -> Arrays:

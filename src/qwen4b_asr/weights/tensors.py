@@ -168,7 +168,7 @@ class TensorRef:
         """Read the whole tensor in its own type."""
         return self._to_mlx(self._view())
 
-    def blocks(self, max_bytes: int = 1 << 25) -> Iterator[mx.array]:
+    def blocks(self, max_bytes: int = 1 << 22) -> Iterator[mx.array]:
         """Yield the elements in row-major order as flat arrays of about `max_bytes` each.
 
         Pages of the file are given back after each block, so that reading a file larger than
