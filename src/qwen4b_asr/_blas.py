@@ -5,12 +5,16 @@ float32 matrices some thirty times slower than OpenBLAS. `libmlx.so` looks for
 `cblas_sgemm` in the process's global symbols before its own libraries, so an
 OpenBLAS loaded with RTLD_GLOBAL *before* MLX takes the wheel's place; nothing
 else changes. Where there is no OpenBLAS, the wheel's own is used as before.
+
+`python -m qwen4b_asr._blas` measures what it gains; compare with
+`QWEN4B_ASR_BLAS=off` and `OPENBLAS_NUM_THREADS=1`.
 """
 
 import ctypes
 import glob
 import os
 import sys
+import time
 from pathlib import Path
 
 BLAS_VARIABLE = "QWEN4B_ASR_BLAS"
@@ -114,3 +118,33 @@ def _path_of(library: ctypes.CDLL) -> str | None:
                 fields = rest.split(maxsplit=4)
                 return fields[4].strip() if len(fields) == 5 else None
     return None
+
+
+def _measure() -> None:
+    """Print the rate of float32 matrix products on the CPU, for a square one and for shapes of the models."""
+    print(f"BLAS: {preload_openblas() or 'as MLX comes'}")
+    import mlx.core as mx
+
+    shapes = {
+        "square": (1024, 1024, 1024),
+        "encoder, 30 s: feed-forward": (504, 512, 2048),
+        "adaptor, 30 s: feed-forward": (504, 2048, 8192),
+    }
+    for name, (rows, inner, columns) in shapes.items():
+        a = mx.random.normal((rows, inner), stream=mx.cpu)
+        b = mx.random.normal((inner, columns), stream=mx.cpu)
+        mx.eval(mx.matmul(a, b, stream=mx.cpu))
+        wall = cpu = float("inf")  # best of several: the others were disturbed
+        for _ in range(5):
+            start, start_cpu = time.perf_counter(), time.process_time()
+            mx.eval(mx.matmul(a, b, stream=mx.cpu))
+            wall, cpu = min(wall, time.perf_counter() - start), min(cpu, time.process_time() - start_cpu)
+        work = 2e-9 * rows * inner * columns
+        print(
+            f"{name} ({rows}x{inner} by {inner}x{columns}): {work / wall:.0f} GFLOP/s, "
+            f"{work / cpu:.0f} GFLOP per second of CPU time"
+        )
+
+
+if __name__ == "__main__":
+    _measure()
