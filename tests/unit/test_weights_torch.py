@@ -11,6 +11,7 @@ import pytest
 
 from qwen4b_asr.errors import CheckpointError
 from qwen4b_asr.weights.checkpoint import open_checkpoint
+from qwen4b_asr.weights.tensors import TensorRef
 from qwen4b_asr.weights.torch_zip import read_torch
 from tests.helpers import weights_torch_writer as w
 
@@ -265,3 +266,14 @@ def test_views_of_storages_in_old_files(tmp_path, view, values):
     else:
         with pytest.raises(CheckpointError, match=r"should hold|malformed view|claims 2"):
             read_torch(path)
+
+
+@pytest.mark.parametrize(("start", "items"), [(0, 5), (1, 4), (16, 1), (-4, 1), (0, -1)])
+def test_a_storage_that_is_not_in_the_file_is_refused(tmp_path, start, items):
+    with pytest.raises(CheckpointError, match=r"a\.pt: tensor 'x': its storage ends at byte"):
+        TensorRef("x", (), "F32", tmp_path / "a.pt", FOUR, start, items)
+
+
+def test_a_tensor_of_an_unknown_type_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="'x': its type 'F8' cannot be read"):
+        TensorRef("x", (), "F8", tmp_path / "a.pt", FOUR, 0, 1)
