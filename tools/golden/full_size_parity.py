@@ -21,6 +21,7 @@ A 4B decoder in float32 needs 16 GB of memory; `--llm-layers` takes fewer layers
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import platform
@@ -28,7 +29,6 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -101,12 +101,10 @@ def inside(options: argparse.Namespace) -> bool | None:
     """Run one step in this process, importing what that step needs and no more."""
     if options.inside == "compare":
         return compare(options)
-    if options.inside in ("make", "reference"):
-        import full_size_torch as side
-    else:
-        import full_size_package as side
-    work: Callable[[argparse.Namespace], None] = getattr(side, options.inside)
-    work(options)
+    side = importlib.import_module(
+        "full_size_torch" if options.inside in ("make", "reference") else "full_size_package"
+    )
+    getattr(side, options.inside)(options)
     return None
 
 

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 ROOT = Path(__file__).resolve().parents[2]
 SEED = 4
 STOP = (151645, 151643)
-ENCODER = dict(
+ENCODER: dict[str, Any] = dict(
     input_size=560, output_size=512, attention_heads=4, linear_units=2048, num_blocks=50, tp_blocks=20, kernel_size=11,
     sanm_shift=0, vocab_size=25055,
 )  # fmt: skip

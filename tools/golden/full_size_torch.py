@@ -73,7 +73,7 @@ def make(options: argparse.Namespace) -> None:
             shards.append({})
         shards[-1][name] = value.to(torch.bfloat16)
     write_shard(llm, shards)
-    index = {}
+    index: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         final = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         (llm / f"{number}.part").rename(llm / final)

@@ -40,12 +40,12 @@ NOISE_LENGTHS = (400, 401, 559, 560, 1360, 16000)
 SPEECH_START, SPEECH_SAMPLES = 11200, 48000
 LFR_COUNTS = (*range(1, 20), 48, 49, 50, 51, 52, 53, 54, 55)
 
-ENCODER = dict(
+ENCODER: dict[str, Any] = dict(
     input_size=560, output_size=64, attention_heads=4, linear_units=96, num_blocks=3, tp_blocks=2, kernel_size=11,
     sanm_shift=0, vocab_size=48,
 )  # fmt: skip
 # Input as wide as the output keeps the residual of the first layer; the shifted filter is the streaming variant's.
-ENCODER_VARIANTS = {
+ENCODER_VARIANTS: dict[str, dict[str, Any]] = {
     "square": dict(
         input_size=24, output_size=24, attention_heads=3, linear_units=40, num_blocks=2, tp_blocks=1, kernel_size=5,
         sanm_shift=0, vocab_size=20,
@@ -55,8 +55,10 @@ ENCODER_VARIANTS = {
         sanm_shift=2, vocab_size=20,
     ),
 }  # fmt: skip
-ADAPTOR = dict(input_size=64, hidden_size=80, output_size=64, num_layers=2, num_heads=4, ffn_size=160, norm_eps=1e-5)
-DECODER = dict(
+ADAPTOR: dict[str, Any] = dict(
+    input_size=64, hidden_size=80, output_size=64, num_layers=2, num_heads=4, ffn_size=160, norm_eps=1e-5
+)
+DECODER: dict[str, Any] = dict(
     vocab_size=320, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
     num_key_value_heads=2, head_dim=24, rms_norm_eps=1e-6, rope_theta=1e6, tie_word_embeddings=True,
     max_position_embeddings=4096,
@@ -339,7 +341,7 @@ def splice(model: Any, pieces: Sequence[str], encode: Callable[[str], list[int]]
     return torch.cat(rows)[None]
 
 
-PROCESSORS = {
+PROCESSORS: dict[str, dict[str, Any]] = {
     "greedy": dict(),
     "penalty": dict(repetition_penalty=1.2),
     "ngram": dict(no_repeat_ngram=4),

@@ -1,4 +1,4 @@
-# mypy: disable-error-code="import-not-found,import-untyped,misc,no-any-return,attr-defined"
+# mypy: disable-error-code="import-not-found,import-untyped,misc,no-any-return,attr-defined,untyped-decorator"
 """The original code, wrapped just enough to be asked for one stage at a time.
 
 Everything here runs torch, funasr and transformers, and nothing of this project:
@@ -257,11 +257,12 @@ def generate(
     Returns:
         The new ids, and the smallest distance over all steps between the chosen score and the next one.
     """
-    prompt = {"input_ids": input_ids} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}
-    shape = next(iter(prompt.values())).shape
+    name, rows = ("input_ids", input_ids) if inputs_embeds is None else ("inputs_embeds", inputs_embeds)
+    if rows is None:
+        raise ValueError("[generate] one of inputs_embeds and input_ids is needed but got neither")
     result = model.generate(
-        **prompt,
-        attention_mask=torch.ones(shape[:2], dtype=torch.long),
+        **{name: rows},
+        attention_mask=torch.ones(rows.shape[:2], dtype=torch.long),
         do_sample=False,
         num_beams=1,
         max_new_tokens=max_tokens,
@@ -274,6 +275,6 @@ def generate(
     )
     ids = result.sequences[0].tolist()
     if inputs_embeds is None:
-        ids = ids[shape[1] :]
+        ids = ids[rows.shape[1] :]
     best = torch.stack(result.scores)[:, 0].topk(2, dim=-1).values
     return ids, float((best[:, 0] - best[:, 1]).min())
