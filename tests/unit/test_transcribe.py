@@ -127,7 +127,7 @@ def test_a_translation_is_added_on_request(transcriber):
 
 
 def test_an_unknown_option_is_an_error(transcriber):
-    with pytest.raises(TypeError, match="options must be among language, .* but got langauge"):
+    with pytest.raises(TypeError, match=r"options must be among language, .* but got langauge"):
         transcriber.transcribe(noise(1.0), langauge="zh")
     with pytest.raises(PromptError, match="unknown language 'fr'"):
         transcriber.transcribe(noise(1.0), language="fr")
