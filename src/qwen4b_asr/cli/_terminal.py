@@ -122,9 +122,9 @@ class Progress:
         if self._enabled:
             from tqdm import tqdm
 
-            layout = "{desc} {postfix}[{elapsed}]"
+            layout = "{desc} [{elapsed}]"
             if self._total > 1:
-                layout = "{n_fmt}/{total_fmt} |{bar:20}| [{elapsed}<{remaining}] {desc} {postfix}"
+                layout = "{n_fmt}/{total_fmt} |{bar:20}| [{elapsed}<{remaining}] {desc}"
             # delay keeps tqdm itself from drawing before the ticker below does
             self._bar = tqdm(total=self._total, bar_format=layout, leave=False, dynamic_ncols=True, delay=1e9)
             threading.Thread(target=self._tick, daemon=True).start()
@@ -142,14 +142,13 @@ class Progress:
             self._activity = activity
             if self._bar is not None:
                 self._bar.set_description_str(activity, refresh=False)
-                self._bar.set_postfix_str("", refresh=False)
 
     def count_token(self) -> None:
         """Count one more piece of text."""
         with self._lock:
             self._tokens += 1
             if self._bar is not None:
-                self._bar.set_postfix_str(f"{self._tokens} tokens ", refresh=False)
+                self._bar.set_description_str(f"{self._activity}: {self._tokens} tokens", refresh=False)
 
     def advance(self) -> None:
         """Count one file as done."""
