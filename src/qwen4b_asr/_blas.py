@@ -1,7 +1,7 @@
 """Give MLX's CPU back end a fast BLAS on Linux.
 
 The Linux wheel of MLX carries the reference BLAS of netlib, which multiplies
-float32 matrices some thirty times slower than OpenBLAS. `libmlx.so` looks for
+float32 matrices some twenty times slower than OpenBLAS. `libmlx.so` looks for
 `cblas_sgemm` in the process's global symbols before its own libraries, so an
 OpenBLAS loaded with RTLD_GLOBAL *before* MLX takes the wheel's place; nothing
 else changes. Where there is no OpenBLAS, the wheel's own is used as before.

@@ -106,12 +106,19 @@ def one_line(text: str) -> str:
     return " ".join(line.strip() for line in text.splitlines() if line.strip())
 
 
+def texts_of(transcript: Mapping[str, Any]) -> list[str]:
+    """Return the text of a transcript and, if there is one, its translation."""
+    translation = transcript.get("translation")
+    return [transcript["text"]] if translation is None else [transcript["text"], translation]
+
+
 def format_transcript(transcript: Mapping[str, Any], name: str) -> str:
     r"""Write a transcript in one of `FORMATS`.
 
     Args:
         transcript: what `Transcript.to_dict()` gives, and whatever a caller adds to it.
-        name: `txt`, the text alone, or `json`, one object on one line, in UTF-8 characters rather than `\u` escapes.
+        name: `txt`, the text and, if there is one, its translation on a line of its own; or `json`, one object on
+            one line, in UTF-8 characters rather than `\u` escapes.
 
     Returns:
         The text, ending in a line break.
@@ -121,7 +128,7 @@ def format_transcript(transcript: Mapping[str, Any], name: str) -> str:
             without one of `JSON_KEYS`.
     """
     if name == "txt":
-        return f"{transcript['text']}\n"
+        return "".join(f"{text}\n" for text in texts_of(transcript))
     if name == "json":
         return _to_json(transcript)
     raise ValueError(f"[format_transcript] name must be one of {', '.join(FORMATS)} but got {name!r}")

@@ -89,3 +89,38 @@ def test_the_demonstration_transcribes_its_sample(capsys):
     status, out, err = run(capsys, "--model", "demo", str(SAMPLE))
     assert (status, err) == (0, "")
     assert out.strip()
+
+
+def test_translations_follow_their_texts(capsys, model, recordings):
+    transcriber = qwen4b_asr.load(model)
+    want = [transcriber.transcribe(path, max_tokens=6, translate=True) for path in recordings[:2]]
+    options = ["--model", model, "--max-tokens", "6", "--quiet", "--translate"]
+
+    def printed(text: str) -> str:
+        return text.encode("utf-8", "backslashreplace").decode()
+
+    several = "".join(
+        f"{path}\t{one_line(found.text)}\t{one_line(found.translation)}\n"
+        for path, found in zip(recordings, want, strict=False)
+    )
+    single = f"{want[0].text}\n{want[0].translation}\n"
+    assert run(capsys, *options, *recordings[:2]) == (0, printed(several), "")
+    assert (
+        run(capsys, *options, "--stream", *recordings[:2])[1]
+        .splitlines()[0]
+        .endswith(f"\t{printed(one_line(want[0].translation))}")
+    )
+    assert run(capsys, *options, recordings[0]) == (0, printed(single), "")
+    assert run(capsys, *options, "--stream", recordings[0]) == (0, printed(single), "")
+    status, out, _ = run(capsys, *options, "--format", "json", recordings[0])
+    assert (status, json.loads(out)["translation"]) == (0, want[0].translation)
+
+
+def test_the_task_reaches_the_model(capsys, model, recordings):
+    want = qwen4b_asr.load(model).transcribe(recordings[0], max_tokens=6, task="translate", prompt_profile="instruct")
+    options = ["--model", model, "--max-tokens", "6", "--quiet", "--task", "translate", recordings[0]]
+    status, out, _ = run(capsys, *options, "--prompt-profile", "instruct", "--format", "json")
+    assert (status, tuple(json.loads(out)["tokens"])) == (0, want.tokens)
+    status, out, err = run(capsys, *options)
+    assert (status, out) == (2, "")
+    assert "'plain' cannot translate; use instruct or chatml" in err

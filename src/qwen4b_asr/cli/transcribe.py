@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import AsrError, AudioError
-from ..text import FORMATS, format_transcript, one_line
+from ..text import FORMATS, format_transcript, one_line, texts_of
 from ..version import __version__
 from ._terminal import (
     PROGRAM,
@@ -35,8 +35,8 @@ DESCRIPTION = "Transcribe recordings: WAV, FLAC, OGG, MP3, at any rate, with any
 
 EPILOG = f"""\
 output:
-  one file       its text
-  several files  one line each: path, tab, text
+  one file       its text; with --translate, the translation on a line of its own
+  several files  one line each: path, tab, text; with --translate, tab, translation
   --format json  one line per file: an object with file, text, tokens, language, duration_seconds, segments, timings,
                  finish_reason, model
   --output-dir   DIR/STEM.txt or DIR/STEM.json; a second input of the same stem gets STEM-2
@@ -78,6 +78,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--prompt-profile", metavar="NAME", help="plain, raw, instruct or chatml (default: the model's)"
     )
+    parser.add_argument(
+        "--task",
+        choices=("transcribe", "translate"),
+        help="translate: English straight from the speech, with instruct and chatml (default: transcribe)",
+    )
+    parser.add_argument("--translate", action="store_true", help="also translate the transcript to English")
     parser.add_argument(
         "--max-tokens", type=_positive, metavar="N", help="budget per utterance (default: grows with its duration)"
     )
@@ -220,7 +226,9 @@ class _Job:
     def transcribe(self, file: str, samples: Any, seconds: float) -> dict[str, Any]:
         assert self.transcriber is not None
         self.progress.show(_shown(file))
-        chosen = {name: getattr(self.options, name) for name in ("language", "prompt_profile", "max_tokens")}
+        names = ("language", "prompt_profile", "task", "max_tokens")
+        chosen = {name: getattr(self.options, name) for name in names}
+        chosen["translate"] = self.options.translate or None
 
         def on_token(piece: str) -> None:
             self.progress.count_token()
@@ -236,7 +244,7 @@ class _Job:
 
     def written(self, file: str, transcript: dict[str, Any]) -> str:
         if self.options.format == "txt" and self.several and not self.options.output_dir:
-            return f"{file}\t{one_line(transcript['text'])}\n"
+            return "\t".join([file, *map(one_line, texts_of(transcript))]) + "\n"
         return format_transcript(transcript, self.options.format)
 
     def stream(self, file: str, piece: str) -> None:
@@ -252,9 +260,11 @@ class _Job:
             write_stdout(piece)
 
     def rest_of_line(self, file: str, transcript: dict[str, Any]) -> str:
-        if self.line_begun or not self.several:
-            return "\n"
-        return f"{file}\t\n"  # a recording without a word
+        begun = self.line_begun or not self.several
+        rest = "" if begun else f"{file}\t"  # a recording without a word
+        for translation in texts_of(transcript)[1:]:
+            rest += f"\t{one_line(translation)}" if self.several else f"\n{translation}"
+        return f"{rest}\n"
 
     def failed(self, file: str, error: Exception) -> int:
         if self.line_begun:
