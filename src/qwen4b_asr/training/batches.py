@@ -72,11 +72,11 @@ class MixConfig:
         singles: Share of the joined strings that are one word.
     """
 
-    synthetic_english: float = 0.2
-    connected_english: float = 0.08
+    synthetic_english: float = 0.16
+    connected_english: float = 0.12
     synthetic_mandarin: float = 0.08
-    connected_mandarin: float = 0.06
-    recorded_mandarin: float = 0.1
+    connected_mandarin: float = 0.12
+    recorded_mandarin: float = 0.08
     longest: int = 7
     singles: float = 0.2
 
@@ -182,7 +182,7 @@ class Sampler:
         frames, words = self._join(chosen, rng)
         frames = self._change(frames, rng, augmentation)
         spoken = "en" if words[0] < len(ENGLISH) else "zh"
-        language = spoken if rng.random() < 0.3 else "auto"
+        language = spoken if rng.random() < 0.4 else "auto"
         return stack_rows(frames, self.frontend.lfr_m, self.frontend.lfr_n), words, language
 
     def _draw_kind(self, rng: np.random.Generator) -> str:
