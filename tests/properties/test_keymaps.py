@@ -184,6 +184,21 @@ def test_a_part_of_the_packed_projection_that_is_missing_is_told_apart():
         keymap.plan(sources, parameters, file="f")
 
 
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((32, 1, 6), r"shape \[32, 6, 1\] instead of \[32, 5, 1\]"),
+        ((32, 5, 1), r"shape \[32, 5, 1\] is not that of a depthwise convolution \[D, 1, K\]"),
+        ((32, 5), "not that of a depthwise convolution"),
+    ],
+)
+def test_the_memory_blocks_layout_is_checked(shape, message):
+    keymap, sources, parameters = case("sensevoice")
+    sources["encoder.tp_encoders.1.self_attn.fsmn_block.weight"] = shape
+    with pytest.raises(CheckpointError, match=message):
+        keymap.plan(sources, parameters, file="f")
+
+
 def test_recomputed_buffers_are_dropped_with_a_reason():
     keymap, sources, parameters = case("qwen3")
     sources["model.layers.0.self_attn.rotary_emb.inv_freq"] = (4,)

@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import safetensors.numpy
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from qwen4b_asr.errors import CheckpointError
@@ -230,6 +230,8 @@ def test_the_writer_never_overwrites_and_says_where_it_failed(tmp_path):
 
 
 @given(st.lists(st.integers(0, 50), max_size=20), st.integers(1, 100))
+@example([1, 1], 1)
+@example([3, 2, 5], 5)
 def test_shards_keep_order_and_size(sizes, limit):
     tensors = [OutgoingTensor(str(i), (n,), "U8", list) for i, n in enumerate(sizes)]
     shards = plan_shards(tensors, limit)
