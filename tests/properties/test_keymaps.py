@@ -199,6 +199,14 @@ def test_the_memory_blocks_layout_is_checked(shape, message):
         keymap.plan(sources, parameters, file="f")
 
 
+def test_a_transposed_matrix_is_named():
+    keymap, sources, parameters = case("sensevoice")
+    sources["encoder.after_norm.weight"] = (1, 32)
+    sources["encoder.encoders.0.feed_forward.w_1.weight"] = (32, 48)
+    with pytest.raises(CheckpointError, match=r"w_1\.weight': shape \[32, 48\] instead of \[48, 32\].*\[1, 32\]"):
+        keymap.plan(sources, parameters, file="f")
+
+
 def test_recomputed_buffers_are_dropped_with_a_reason():
     keymap, sources, parameters = case("qwen3")
     sources["model.layers.0.self_attn.rotary_emb.inv_freq"] = (4,)
