@@ -160,3 +160,60 @@ def test_resuming_nothing_and_bad_options_are_refused(tmp_path, capsys):
     assert "--scale must be above 0" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["--output", "x"])
+
+
+@pytest.fixture
+def archive(tmp_path):
+    """Both collections in one archive: ten digits of one speaker, one Mandarin syllable."""
+    import io
+    import tarfile
+
+    import soundfile
+
+    path = tmp_path / "all.tar"
+    names = [f"{digit}_ann_0.wav" for digit in range(10)] + ["syllables/cmn-san1.mp3"]
+    with tarfile.open(path, "w") as tar:
+        for name in names:
+            sound = io.BytesIO()
+            soundfile.write(sound, 0.1 * np.sin(np.arange(2000)), 8000, format="WAV", subtype="PCM_16")
+            member = tarfile.TarInfo(name)
+            member.size = sound.tell()
+            sound.seek(0)
+            tar.addfile(member, sound)
+    return path
+
+
+def test_join_writes_a_recording(archive, tmp_path, capsys):
+    import soundfile
+
+    wanted = ["join", "--archive", str(archive), "--speaker", "ann", "--output"]
+    assert main([*wanted, str(tmp_path / "a.wav"), "three", "one"]) == 0
+    info = soundfile.info(tmp_path / "a.wav")
+    assert (info.samplerate, info.subtype, info.channels) == (16000, "PCM_16", 1)
+    assert 0.5 <= info.duration <= 0.71
+    assert main([*wanted, str(tmp_path / "b.wav"), "eleven"]) == 1
+    assert "no held-out recording of 'eleven' by 'ann'" in capsys.readouterr().err
+
+
+def test_evaluate_prints_a_table(archive, tmp_path, capsys):
+    model = make_model(tmp_path)
+    wanted = ["evaluate", "--model", str(model), "--archive", str(archive), "--strings", "2", "--no-mandarin"]
+    assert main(wanted) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("| test set |")
+    assert lines[2].startswith("| ann, single digits | 10 | 10 |")
+    assert lines[3].startswith("| ann, strings of 3-7 | 2 |")
+    assert main([*wanted, "--speaker", "bob"]) == 1
+    assert "no speaker 'bob'" in capsys.readouterr().err
+
+
+def test_an_archive_without_one_language_is_refused(tmp_path, archive, capsys):
+    import tarfile
+
+    partial = tmp_path / "digits.tar"
+    with tarfile.open(archive) as whole, tarfile.open(partial, "w") as tar:
+        for member in whole:
+            if member.name.endswith(".wav"):
+                tar.addfile(member, whole.extractfile(member))
+    assert main(["--archive", str(partial), "--output", str(tmp_path / "out")]) == 1
+    assert "audio-cmn (its syllables) is not among the archives" in capsys.readouterr().err

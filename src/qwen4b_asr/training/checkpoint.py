@@ -46,7 +46,8 @@ def save_state(state: TrainingState, directory: Path, fingerprint: str) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     arrays: dict[str, mx.array] = {}
     for part in ("weights", "average", "optimizer"):
-        for name, value in tree_flatten(getattr(state, part)):
+        flat: Any = tree_flatten(getattr(state, part))
+        for name, value in flat:
             arrays[f"{part}.{name}"] = value
     metadata = {"phase": str(state.phase), "step": str(state.step), "fingerprint": fingerprint}
     partial = directory / f".partial-{os.getpid()}.safetensors"
@@ -67,7 +68,8 @@ def load_state(directory: Path, fingerprint: str) -> TrainingState:
     if not path.is_file():
         raise CheckpointError(f"{path}: no training state to resume; start without --resume")
     try:
-        arrays, metadata = mx.load(str(path), return_metadata=True)  # type: ignore[misc]
+        loaded: Any = mx.load(str(path), return_metadata=True)
+        arrays, metadata = loaded
         phase, step = int(metadata["phase"]), int(metadata["step"])
     except (RuntimeError, ValueError, KeyError) as error:
         raise CheckpointError(f"{path}: not a training state ({error})") from error
@@ -77,7 +79,7 @@ def load_state(directory: Path, fingerprint: str) -> TrainingState:
             "or start without --resume"
         )
     parts: dict[str, list[tuple[str, mx.array]]] = {"weights": [], "average": [], "optimizer": []}
-    for name, value in arrays.items():  # type: ignore[union-attr]
+    for name, value in arrays.items():
         part, _, rest = name.partition(".")
         parts[part].append((rest, value))
     trees = {part: tree_unflatten(items) if items else {} for part, items in parts.items()}

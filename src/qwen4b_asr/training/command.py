@@ -64,6 +64,14 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-mandarin", action="store_true", help="leave the Mandarin tests out (no espeak-ng needed)")
 
 
+def add_join_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``join`` to a parser."""
+    _add_common(parser)
+    parser.add_argument("--speaker", required=True, help="English speaker")
+    parser.add_argument("--output", type=Path, required=True, help="WAV file to write, 16 kHz, 16 bit")
+    parser.add_argument("words", nargs="+", metavar="WORD", help="digits to say: three one four")
+
+
 def _progress(description: str) -> Callable[[Iterable[Any], int], Iterable[Any]]:
     from tqdm import tqdm
 
@@ -192,4 +200,27 @@ def run_evaluate(args: argparse.Namespace) -> int:
     print(TABLE_HEAD)
     for one in scores:
         print(one.row())
+    return 0
+
+
+def run_join(args: argparse.Namespace) -> int:
+    """Join held-out recordings of one speaker to a string in a WAV file, as ``sample.wav`` was made."""
+    import random
+
+    import soundfile
+
+    from .._blas import preload_openblas
+
+    preload_openblas()
+    from .corpus import HELD_OUT_TAKES, join, read_corpus, sixteen_kilohertz
+
+    draw = random.Random(args.seed)
+    digits = [r for r in read_corpus(args.archive).digits if r.speaker == args.speaker and r.index < HELD_OUT_TAKES]
+    chosen = []
+    for word in args.words:
+        takes = [r for r in digits if r.words == (word,)]
+        if not takes:
+            raise ConfigError(f"no held-out recording of {word!r} by {args.speaker!r}")
+        chosen.append(draw.choice(takes))
+    soundfile.write(args.output, sixteen_kilohertz(join(chosen, draw)), 16000, subtype="PCM_16")
     return 0

@@ -55,7 +55,7 @@ def read_corpus(archives: Sequence[Path]) -> Corpus:
     digits = [r for r in recordings if r.words[0] in ENGLISH]
     syllables = [replace(r, samples=trim(r.samples, r.rate)) for r in recordings if r.speaker == SYLLABLE_SPEAKER]
     words = [r for r in recordings if r.speaker == WORD_SPEAKER]
-    for found, what in ((digits, "the Free Spoken Digit Dataset"), (syllables, "audio-cmn's syllables")):
+    for found, what in ((digits, "the Free Spoken Digit Dataset"), (syllables, "audio-cmn (its syllables)")):
         if not found:
             raise TrainingDataError(f"{what} is not among the archives; name both archives with --archive")
     return Corpus(digits, syllables, words)

@@ -79,30 +79,34 @@ class Score:
 TABLE_HEAD = "| test set | recordings | words | word error, CTC | word error, text |\n|---|---|---|---|---|"
 
 
-def ctc_words(transcriber: Transcriber, samples: Any) -> list[str]:
+def ctc_words(transcriber: Transcriber, samples: Any, language: str = "auto") -> list[str]:
     """Transcribe 16-kHz samples (N,) with the CTC head alone."""
     features = transcriber.model.frontend(mx.array(samples))[None]
-    states, _ = transcriber.model.audio_encoder(features)
+    states, _ = transcriber.model.audio_encoder(features, language=language)
     logits = np.array(transcriber.model.audio_encoder.ctc_logits(states))[0, NUM_QUERY_FRAMES:]
     return [WORDS[symbol - 1] for symbol in best_path(logits, logits.shape[0])]
 
 
-def score(transcriber: Transcriber, name: str, items: Iterable[Item], *, text: bool = True) -> Score:
+def score(
+    transcriber: Transcriber, name: str, items: Iterable[Item], *, language: str = "auto", text: bool = True
+) -> Score:
     """Transcribe test recordings, one at a time and greedily, as a user would, and count word errors.
 
     Args:
         transcriber: The model.
         name: The test set's name.
         items: The recordings.
+        language: The language asked for.
         text: Whether to run the language model; the CTC head always is.
     """
     total = Score(name, 0, 0, 0, 0)
     for item in items:
         samples = sixteen_kilohertz(item)
-        by_ctc = edit_distance(item.words, ctc_words(transcriber, samples))
+        by_ctc = edit_distance(item.words, ctc_words(transcriber, samples, language))
         by_text = 0
         if text:
-            by_text = edit_distance(item.words, words_of(transcriber.transcribe_samples(samples).text))
+            transcript = transcriber.transcribe_samples(samples, language=language)
+            by_text = edit_distance(item.words, words_of(transcript.text))
         total = total + Score(name, 1, len(item.words), by_ctc, by_text)
     return total
 
@@ -143,7 +147,10 @@ def evaluate(
         if total is not None and len(chosen) > 1:
             scores.append(Score(f"**all, {kind}**", total.items, total.words, total.ctc_errors, total.text_errors))
     if work_dir is not None:
-        for name, items in mandarin_voice_items(seed, work_dir, progress("Mandarin voices")).items():
-            scores.append(score(transcriber, f"Mandarin, unheard synthetic voices, {name}", items))
-        scores.append(score(transcriber, "Mandarin, recorded words of an unheard speaker", mandarin_word_items(corpus)))
+        mandarin = mandarin_voice_items(seed, work_dir, progress("Mandarin voices"))
+        sets = {f"unheard synthetic voices, {name}": items for name, items in mandarin.items()}
+        sets["recorded words of an unheard speaker"] = mandarin_word_items(corpus)
+        for name, items in sets.items():
+            for language in ("auto", "zh"):
+                scores.append(score(transcriber, f"Mandarin ({language}), {name}", items, language=language))
     return scores

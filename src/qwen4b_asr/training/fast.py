@@ -7,7 +7,7 @@ and gradients are those of the ordinary operations to rounding; only training us
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,12 +19,19 @@ from .. import encoder
 from .ctc import Floats
 
 
+def _with_gradient(forward: Callable[..., mx.array], vjp: Callable[..., Any]) -> Callable[..., mx.array]:
+    """Join an operation and its vector-Jacobian product, called as ``vjp(primals, cotangent, output)``."""
+    joined: Any = mx.custom_function(forward)
+    joined.vjp(vjp)
+    operation: Callable[..., mx.array] = joined
+    return operation
+
+
 def _view(x: mx.array) -> Floats:
     return np.array(x, copy=False)
 
 
-@mx.custom_function
-def softmax(scores: mx.array) -> mx.array:
+def _softmax(scores: mx.array) -> mx.array:
     """Softmax over the last axis, float32."""
     x = _view(scores)
     p = np.exp(x - x.max(axis=-1, keepdims=True))
@@ -32,12 +39,14 @@ def softmax(scores: mx.array) -> mx.array:
     return mx.array(p)
 
 
-@softmax.vjp
 def _softmax_vjp(scores: mx.array, cotangent: mx.array, output: mx.array) -> mx.array:
     p, g = _view(output), _view(cotangent)
     product = p * g
     product -= p * product.sum(axis=-1, keepdims=True)
     return mx.array(product)
+
+
+softmax = _with_gradient(_softmax, _softmax_vjp)
 
 
 def attention(q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Any = None, **_: Any) -> mx.array:
@@ -54,19 +63,20 @@ def attention(q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Any 
     return (softmax(scores) @ v[:, :, None]).reshape(batch, heads, rows, v.shape[-1])
 
 
-@mx.custom_function
-def depthwise(padded: mx.array, weight: mx.array) -> mx.array:
+def _depthwise(padded: mx.array, weight: mx.array) -> mx.array:
     """Depthwise convolution of rows (B, R + K - 1, D), already padded, with taps (D, K, 1); returns (B, R, D)."""
     return mx.array(_slide(_view(padded), _view(weight)[:, :, 0]))
 
 
-@depthwise.vjp
 def _depthwise_vjp(primals: tuple[mx.array, mx.array], cotangent: mx.array, _: mx.array) -> tuple[mx.array, mx.array]:
     x, w, g = _view(primals[0]), _view(primals[1])[:, :, 0], _view(cotangent)
     taps = w.shape[1]
     back = _slide(np.pad(g, ((0, 0), (taps - 1, taps - 1), (0, 0))), w[:, ::-1])
     windows = np.lib.stride_tricks.sliding_window_view(x, taps, axis=1)
     return mx.array(back), mx.array(np.einsum("brdk,brd->dk", windows, g)[:, :, None])
+
+
+depthwise = _with_gradient(_depthwise, _depthwise_vjp)
 
 
 def _slide(x: Floats, w: Floats) -> Floats:
@@ -82,36 +92,38 @@ def memory(v: mx.array, weight: mx.array, mask: mx.array, left: int, *, shifted_
     return (depthwise(padded, weight) + v) * mask
 
 
-@mx.custom_function
-def silu(x: mx.array) -> mx.array:
+def _silu(x: mx.array) -> mx.array:
     """SiLU, x · sigmoid(x), float32."""
     a = _view(x)
     return mx.array(a * _sigmoid(a))
 
 
-@silu.vjp
 def _silu_vjp(x: mx.array, cotangent: mx.array, _: mx.array) -> mx.array:
     a = _view(x)
     s = _sigmoid(a)
     return mx.array(_view(cotangent) * s * (1 + a * (1 - s)))
 
 
+silu = _with_gradient(_silu, _silu_vjp)
+
+
 def _sigmoid(a: Floats) -> Floats:
     return np.float32(1) / (np.float32(1) + np.exp(-np.maximum(a, np.float32(-80))))
 
 
-@mx.custom_function
-def gelu(x: mx.array) -> mx.array:
+def _gelu(x: mx.array) -> mx.array:
     """GELU, x · Φ(x), float32; the error function to 1.5e-7 (Abramowitz and Stegun, 7.1.26)."""
     a = _view(x)
     return mx.array(a * _normal(a, np.exp(-0.5 * a * a)))
 
 
-@gelu.vjp
 def _gelu_vjp(x: mx.array, cotangent: mx.array, _: mx.array) -> mx.array:
     a = _view(x)
     bell = np.exp(-0.5 * a * a)
     return mx.array(_view(cotangent) * (_normal(a, bell) + a * bell * np.float32(0.3989422804014327)))
+
+
+gelu = _with_gradient(_gelu, _gelu_vjp)
 
 
 def _normal(a: Floats, bell: Floats) -> Floats:

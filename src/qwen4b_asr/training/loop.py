@@ -120,7 +120,8 @@ class Trainer:
             optimizer.learning_rate = mx.array(learning_rate(phase, step))
             optimizer.update(model, gradients)
             decay = min(recipe.average, (1 + step) / (10 + step))
-            for name, value in tree_flatten(model.trainable_parameters()):
+            trained: Any = tree_flatten(model.trainable_parameters())
+            for name, value in trained:
                 average[name] = decay * average[name] + (1 - decay) * value
             mx.eval(loss, model.parameters(), optimizer.state, average)
             self.state = TrainingState(
@@ -142,7 +143,7 @@ class Trainer:
             states = mx.stop_gradient(states)
             return alignment_loss(model, states, mask, inputs, result.alignment, recipe.temperature)
         text = text_loss(model, states, mask, inputs)
-        reported["text"] = mx.stop_gradient(text).item()
+        reported["text"] = float(mx.stop_gradient(text).item())  # type: ignore[arg-type]
         return text + recipe.ctc_weight * surrogate
 
     def _save(self) -> None:

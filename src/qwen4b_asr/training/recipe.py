@@ -10,15 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from ..adaptor import AdaptorConfig
+from ..config import FILE_NAME as CONFIG_FILE
 from ..config import GenerationConfig, ModelConfig
 from ..decoder import DecoderConfig
 from ..encoder import EncoderConfig
 from ..features import FrontendConfig
 from ..prompt import PromptConfig
+from ..weights.directory import TOKENIZER_FILE, file_sha256, write_checksums, write_json
 from .batches import AugmentConfig, MixConfig
 from .vocabulary import END_ID, SPECIALS, WORDS, ctc_symbols, tokenizer_json, vocabulary
 
 DEMO_NAME = "demo-spoken-numbers"
+WEIGHTS_FILE = "model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -136,13 +139,10 @@ def write_model(directory: Path, config: ModelConfig, weights: dict[str, Any]) -
     import mlx.core as mx
 
     directory.mkdir(parents=True, exist_ok=True)
-    config.save(directory)
-    (directory / "tokenizer.json").write_text(tokenizer_json(), encoding="utf-8")
+    (directory / TOKENIZER_FILE).write_text(tokenizer_json(), encoding="utf-8")
     partial = directory / ".partial.safetensors"
     mx.save_safetensors(str(partial), weights, {"format": "mlx"})
-    os.replace(partial, directory / "model.safetensors")
-    sums = {
-        name: hashlib.sha256((directory / name).read_bytes()).hexdigest()
-        for name in ("config.json", "model.safetensors", "tokenizer.json")
-    }
-    (directory / "checksums.json").write_text(json.dumps(sums, indent=2) + "\n", encoding="utf-8")
+    os.replace(partial, directory / WEIGHTS_FILE)
+    digests = {CONFIG_FILE: write_json(directory / CONFIG_FILE, config.to_dict())}
+    digests.update({name: file_sha256(directory / name) for name in (TOKENIZER_FILE, WEIGHTS_FILE)})
+    write_checksums(directory, digests)

@@ -174,7 +174,7 @@ def speak_all(
             samples, ends = kept["samples"], kept["ends"]
         pieces = np.split(samples, ends[:-1])
         return [
-            Recording(line.words, line.speaker, line.take, piece.astype(np.float32) / 32768, RATE)
+            Recording(line.words, line.speaker, line.take, piece.astype(np.float32) / np.float32(32768), RATE)
             for line, piece in zip(lines, pieces, strict=True)
         ]
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
@@ -186,6 +186,6 @@ def speak_all(
         np.savez(file, samples=np.concatenate(pieces), ends=np.cumsum([p.size for p in pieces]))
     os.replace(partial, path)
     return [
-        Recording(r.words, r.speaker, r.index, p.astype(np.float32) / 32768, RATE)
+        Recording(r.words, r.speaker, r.index, p.astype(np.float32) / np.float32(32768), RATE)
         for r, p in zip(recordings, pieces, strict=True)
     ]
