@@ -61,6 +61,12 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="model directory, or demo")
     parser.add_argument("--speaker", action="append", help="English speaker to test on; all by default")
     parser.add_argument("--strings", type=int, default=40, help="strings of 3 to 7 digits per speaker (40)")
+    parser.add_argument(
+        "--takes",
+        type=int,
+        default=5,
+        help="takes of every digit (5; all 50 only for a speaker whom training left out)",
+    )
     parser.add_argument("--no-mandarin", action="store_true", help="leave the Mandarin tests out (no espeak-ng needed)")
 
 
@@ -193,6 +199,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
         corpus,
         speakers=args.speaker,
         strings=args.strings,
+        takes=args.takes,
         seed=args.seed,
         work_dir=work_dir,
         progress=_progress,

@@ -104,20 +104,20 @@ def join(recordings: Sequence[Recording], draw: random.Random, widest_gap_second
     return Item(tuple(w for r in recordings for w in r.words), np.concatenate(pieces), rate)
 
 
-def single_items(corpus: Corpus, speaker: str) -> list[Item]:
-    """Return a speaker's held-out recordings, exactly as they are."""
-    return [Item(r.words, r.samples, r.rate) for r in _held_out(corpus, speaker)]
+def single_items(corpus: Corpus, speaker: str, takes: int = HELD_OUT_TAKES) -> list[Item]:
+    """Return a speaker's first `takes` recordings of every digit, exactly as they are."""
+    return [Item(r.words, r.samples, r.rate) for r in _takes(corpus, speaker, takes)]
 
 
-def string_items(corpus: Corpus, speaker: str, count: int, seed: int = 0) -> list[Item]:
-    """Join a speaker's held-out recordings to `count` strings of 3 to 7 digits."""
-    recordings = _held_out(corpus, speaker)
+def string_items(corpus: Corpus, speaker: str, count: int, takes: int = HELD_OUT_TAKES, seed: int = 0) -> list[Item]:
+    """Join a speaker's first `takes` recordings of every digit to `count` strings of 3 to 7 digits."""
+    recordings = _takes(corpus, speaker, takes)
     draw = random.Random(f"{seed} {speaker}")
     return [join(draw.choices(recordings, k=draw.randint(3, 7)), draw) for _ in range(count)]
 
 
-def _held_out(corpus: Corpus, speaker: str) -> list[Recording]:
-    return [r for r in corpus.digits if r.speaker == speaker and r.index < HELD_OUT_TAKES]
+def _takes(corpus: Corpus, speaker: str, takes: int) -> list[Recording]:
+    return [r for r in corpus.digits if r.speaker == speaker and r.index < takes]
 
 
 def mandarin_word_items(corpus: Corpus) -> list[Item]:

@@ -13,6 +13,7 @@ import numpy as np
 from ..encoder import NUM_QUERY_FRAMES
 from ..transcribe import Transcriber
 from .corpus import (
+    HELD_OUT_TAKES,
     Corpus,
     Item,
     mandarin_voice_items,
@@ -117,6 +118,7 @@ def evaluate(
     *,
     speakers: Sequence[str] | None = None,
     strings: int = 40,
+    takes: int = HELD_OUT_TAKES,
     seed: int = 1,
     work_dir: Path | None = None,
     progress: Callable[[str], Callable[[Iterable[Any], int], Iterable[Any]]],
@@ -128,6 +130,7 @@ def evaluate(
         corpus: The recordings.
         speakers: English speakers; None means all.
         strings: Strings of 3 to 7 digits per speaker.
+        takes: Takes of every digit to test on; more than the default only makes sense for a speaker left out.
         seed: Seed of the held-out synthetic voices; the strings are always the same.
         work_dir: Where the synthetic voices are kept; None leaves Mandarin out.
         progress: Makes a progress bar from a description.
@@ -140,7 +143,11 @@ def evaluate(
     for kind in ("single digits", "strings of 3-7"):
         total: Score | None = None
         for speaker in progress(kind)(chosen, len(chosen)):
-            items = single_items(corpus, speaker) if kind == "single digits" else string_items(corpus, speaker, strings)
+            items = (
+                single_items(corpus, speaker, takes)
+                if kind == "single digits"
+                else string_items(corpus, speaker, strings, takes)
+            )
             one = score(transcriber, f"{speaker}, {kind}", items)
             scores.append(one)
             total = one if total is None else total + one

@@ -66,7 +66,7 @@ class Recipe:
     phases: tuple[Phase, ...] = (
         Phase("ctc", 4000, 1.6e-3, 200),
         Phase("align", 300, 1.5e-3, 50),
-        Phase("text", 1500, 8e-4, 150),
+        Phase("text", 2400, 8e-4, 150),
     )
     batch_size: int = 32
     weight_decay: float = 0.02
