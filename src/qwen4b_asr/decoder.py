@@ -195,8 +195,8 @@ class Qwen3(nn.Module):
         Args:
             inputs_embeds: (B, S, H).
             cache: One per layer, or None for a single pass. New positions follow what it holds.
-            mask: (B, S), bool, True on real rows, for batches without a cache. Only padding *before* the
-                real rows leaves their rotary positions as they would be alone.
+            mask: (B, S), bool, True on real rows, for batches without a cache. Padding may stand before or behind
+                the real rows, not among them: rotary positions act through differences alone.
 
         Returns:
             Hidden states (B, S, H).
