@@ -146,11 +146,10 @@ def make_model(tmp_path):
     import mlx.core as mx
 
     from qwen4b_asr.model import SpeechModel
-    from qwen4b_asr.training.loop import flat_weights
     from qwen4b_asr.training.recipe import demo_config, write_model
 
     mx.random.seed(0)
-    write_model(tmp_path / "model", demo_config(), flat_weights(SpeechModel(demo_config())))
+    write_model(tmp_path / "model", demo_config(), SpeechModel(demo_config()))
     return tmp_path / "model"
 
 

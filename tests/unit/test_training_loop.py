@@ -12,7 +12,7 @@ from qwen4b_asr.errors import CheckpointError
 from qwen4b_asr.model import SpeechModel
 from qwen4b_asr.training import checkpoint
 from qwen4b_asr.training.batches import Batch
-from qwen4b_asr.training.loop import Trainer, flat_weights, learning_rate
+from qwen4b_asr.training.loop import Trainer, learning_rate
 from qwen4b_asr.training.recipe import Phase, Recipe, demo_config, write_model
 
 WIDTH = 16
@@ -62,7 +62,7 @@ def trainer(directory=None, recipe=RECIPE, data=source, every=3, fingerprint="mi
 
 
 def bits(model):
-    return {name: np.array(value).tobytes() for name, value in flat_weights(model).items()}
+    return {name: np.array(value).tobytes() for name, value in tree_flatten(model.parameters())}
 
 
 def test_every_phase_reduces_its_loss():
@@ -166,9 +166,7 @@ def test_average_follows_the_weights(monkeypatch):
     run = trainer(recipe=recipe)
     last = {}
     run.run(lambda report: last.update(tree_flatten(run.state.weights)))
-    np.testing.assert_array_equal(
-        flat_weights(run.model)["audio_encoder.embed.weight"], last["audio_encoder.embed.weight"]
-    )
+    np.testing.assert_array_equal(run.model.audio_encoder.embed.weight, last["audio_encoder.embed.weight"])
     averaged = trainer(recipe=replace(recipe, average=0.9))
     averaged.run()
     assert bits(averaged.model) != bits(run.model)
@@ -176,12 +174,19 @@ def test_average_follows_the_weights(monkeypatch):
 
 def test_model_directory_loads_again(tmp_path):
     from qwen4b_asr.weights.load import load_model
+    from qwen4b_asr.weights.verify import verify
 
     model = SpeechModel(tiny_config())
-    write_model(tmp_path / "demo", tiny_config(), flat_weights(model))
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo" / "training.jsonl").touch()
+    for _ in range(2):  # a second run into the same folder replaces the first one's files
+        write_model(tmp_path / "demo", tiny_config(), model)
+    files = {path.name for path in (tmp_path / "demo").iterdir()}
+    assert files == {"training.jsonl", "config.json", "model.safetensors", "tokenizer.json", "checksums.json"}
     loaded, config = load_model(tmp_path / "demo")
     assert config == tiny_config()
     assert bits(loaded) == bits(model)
+    assert verify(tmp_path / "demo").problems == ()
     assert not [p for p in (tmp_path / "demo").iterdir() if p.name.startswith(".")]
 
 

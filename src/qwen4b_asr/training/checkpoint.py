@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,10 +85,3 @@ def load_state(directory: Path, fingerprint: str) -> TrainingState:
     # `mx.load` reads lazily; the file must not be replaced before everything is in memory.
     mx.eval(trees)
     return TrainingState(phase, step, trees["weights"], trees["average"], trees["optimizer"])
-
-
-def write_json(path: Path, values: Any) -> None:
-    """Write JSON through a temporary name and one rename."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(json.dumps(values, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)

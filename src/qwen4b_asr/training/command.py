@@ -106,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
     from .batches import Sampler
     from .corpus import read_corpus, training_bank
     from .loader import Loader
-    from .loop import Trainer, flat_weights
+    from .loop import Trainer
     from .recipe import Recipe, demo_config, write_model
 
     if args.scale <= 0 or args.checkpoint_every < 1:
@@ -174,7 +174,7 @@ def run(args: argparse.Namespace) -> int:
                     print(json.dumps({"step": report.step, "seconds": seconds, **current}), file=file, flush=True)
 
             trainer.run(on_step)
-        write_model(args.output, config, flat_weights(trainer.model))
+        write_model(args.output, config, trainer.model)
     print(f"{args.output}: trained in {(time.time() - started) / 60:.1f} minutes", file=sys.stderr)
     return 0
 

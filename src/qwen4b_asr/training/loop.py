@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
-from mlx.utils import tree_flatten, tree_map, tree_unflatten
+from mlx.utils import tree_flatten, tree_unflatten
 
 from ..model import SpeechModel
 from .batches import Batch
@@ -161,8 +161,3 @@ def _freeze(model: SpeechModel, phase: str) -> None:
     elif phase == "align":
         model.audio_encoder.freeze()
         model.decoder.freeze()
-
-
-def flat_weights(model: SpeechModel) -> dict[str, Any]:
-    """Return the model's parameters by their names in a checkpoint."""
-    return dict(tree_flatten(tree_map(mx.contiguous, model.parameters())))

@@ -7,21 +7,21 @@ import json
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from ..adaptor import AdaptorConfig
-from ..config import FILE_NAME as CONFIG_FILE
 from ..config import GenerationConfig, ModelConfig
 from ..decoder import DecoderConfig
 from ..encoder import EncoderConfig
 from ..features import FrontendConfig
+from ..model import SpeechModel
 from ..prompt import PromptConfig
-from ..weights.directory import TOKENIZER_FILE, file_sha256, write_checksums, write_json
+from ..weights.directory import CHECKSUMS_FILE, TOKENIZER_FILE, save_model
 from .batches import AugmentConfig, MixConfig
 from .vocabulary import END_ID, SPECIALS, WORDS, ctc_symbols, tokenizer_json, vocabulary
 
 DEMO_NAME = "demo-spoken-numbers"
-WEIGHTS_FILE = "model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -128,21 +128,25 @@ def demo_config() -> ModelConfig:
     )
 
 
-def write_model(directory: Path, config: ModelConfig, weights: dict[str, Any]) -> None:
+def write_model(directory: Path, config: ModelConfig, model: SpeechModel) -> None:
     """Write a model directory: configuration, weights, tokenizer, checksums.
+
+    Everything is written aside first and then moved in file by file, checksums last, so that a run that is killed
+    never leaves a file cut short.
 
     Args:
         directory: Made if missing; files of an earlier run are replaced, others kept.
         config: The model's configuration.
-        weights: Flat parameters by name.
-    """
-    import mlx.core as mx
+        model: The trained model.
 
+    Raises:
+        CheckpointError: If the disk is full or not writable.
+    """
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / TOKENIZER_FILE).write_text(tokenizer_json(), encoding="utf-8")
-    partial = directory / ".partial.safetensors"
-    mx.save_safetensors(str(partial), weights, {"format": "mlx"})
-    os.replace(partial, directory / WEIGHTS_FILE)
-    digests = {CONFIG_FILE: write_json(directory / CONFIG_FILE, config.to_dict())}
-    digests.update({name: file_sha256(directory / name) for name in (TOKENIZER_FILE, WEIGHTS_FILE)})
-    write_checksums(directory, digests)
+    with TemporaryDirectory(dir=directory, prefix=".partial-") as scratch:
+        tokenizer = Path(scratch) / TOKENIZER_FILE
+        tokenizer.write_text(tokenizer_json(), encoding="utf-8")
+        made = Path(scratch) / "model"
+        save_model(made, model, config, tokenizer)
+        for file in sorted(made.iterdir(), key=lambda path: path.name == CHECKSUMS_FILE):
+            os.replace(file, directory / file.name)
