@@ -60,6 +60,11 @@ def test_the_language_may_be_named(demo):
     assert demo.transcribe(DEMO / "sample.wav", language="en").text == TEXT
 
 
+@pytest.mark.parametrize("language", ["auto", "zh"])
+def test_it_hears_the_mandarin_sample(demo, language):
+    assert demo.transcribe(DEMO / "sample_zh.wav", language=language).text == "一一千万"
+
+
 def test_files_are_those_that_training_writes(demo):
     assert (DEMO / "tokenizer.json").read_text(encoding="utf-8") == tokenizer_json()
     assert demo.config.ctc_symbols == tuple(ctc_symbols())
