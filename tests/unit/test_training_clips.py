@@ -11,6 +11,7 @@ from qwen4b_asr.training import augment
 from qwen4b_asr.training.archives import Recording
 from qwen4b_asr.training.batches import AugmentConfig, MixConfig, Sampler
 from qwen4b_asr.training.clips import PAD_FRAMES, SPEEDS, analyse, at_rate, build_bank, trim
+from qwen4b_asr.training.loader import Loader
 from qwen4b_asr.training.vocabulary import ENGLISH, MANDARIN, WORDS
 
 CONFIG = FrontendConfig(num_mel_bins=40, high_freq=4000.0)
@@ -203,3 +204,16 @@ def test_augmentation_does_what_it_says():
     assert tail[1] == pytest.approx(4.0 + np.log(0.5), abs=1e-3)
     masked = augment.mask_blocks(frames, rng, 8, 8, np.full(40, 9.0, np.float32))
     assert ((masked == frames) | (masked == 9.0)).all()
+
+
+def test_the_loader_gives_the_samplers_batches(bank):
+    sampler = Sampler(bank, CONFIG, 5, batch_size=2)
+    with Loader(Sampler(bank, CONFIG, 5, batch_size=2), ahead=3) as loader:
+        for first, count in ((6, 5), (0, 2), (4, 0)):
+            batches = list(loader(first, count))
+            assert len(batches) == count
+            for number, batch in enumerate(batches, start=first):
+                np.testing.assert_array_equal(batch.features, sampler.batch(number).features)
+        left = loader(0, 50)
+        next(left)
+        left.close()  # a loop that stops early leaves no batch waiting
