@@ -169,7 +169,7 @@ def unknown_words(command: list[str]) -> list[str]:
 
 
 # Programs of others that the documents may name.
-KNOWN = {"pytest", "git", "cd", "pip", "python", "ruff", "mypy", "hf", "cat"}
+KNOWN = {"export", "pytest", "git", "cd", "pip", "python", "ruff", "mypy", "hf", "cat"}
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCUMENTED = [*commands(README), *commands((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))]
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import make_golden
+import golden_text
 import numpy as np
 import reference as ref
 import torch
@@ -125,10 +125,10 @@ def reference(options: argparse.Namespace) -> None:
     out |= {"features": features.numpy(), "states": states[0].numpy(), "ctc": ctc[0].numpy(), "audio": audio[0].numpy()}
     decoder = Qwen3ForCausalLM.from_pretrained(options.work / "llm", dtype=torch.float32, attn_implementation="eager")
     decoder.eval()
-    encode, _ = make_golden.load_tokenizer(options.work / "llm/tokenizer.json")
+    encode, _ = golden_text.load_tokenizer(options.work / "llm/tokenizer.json")
     runs = {}
     for form in options.forms:
-        prompt = make_golden.splice(decoder, make_golden.PROMPTS[form], encode, audio)
+        prompt = golden_text.splice(decoder, golden_text.PROMPTS[form], encode, audio)
         logits = timed(f"decoder {form}", decoder, inputs_embeds=prompt).logits
         out[f"prompt/{form}"], out[f"logits/{form}"] = prompt[0].numpy(), logits[0].numpy()
         ids, margin = timed(
