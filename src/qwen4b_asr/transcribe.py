@@ -33,6 +33,8 @@ from .weights.load import load_model
 
 OnToken = Callable[[str], None]
 
+_TRANSLATE = "Translate to English: "
+
 
 class Stopwatch:
     """Adds up the seconds that each named stage takes."""
@@ -155,8 +157,16 @@ class Transcriber:
         Raises:
             PromptError: If the model's vocabulary cannot spell the template.
         """
+        self._check_translation()
         budget = 64 + 4 * len(self.tokenizer.encode(text))
-        return self.complete(f"Translate to English: {text}", max_tokens=budget)
+        return self.complete(f"{_TRANSLATE}{text}", max_tokens=budget)
+
+    def _check_translation(self) -> None:
+        """Refuse before the work rather than after it: a small vocabulary may lack the chat template's words."""
+        try:
+            self._spell(chat_prompt(_TRANSLATE))
+        except PromptError as error:
+            raise PromptError("this model cannot translate: its vocabulary lacks the words of the request") from error
 
     def _transcribe(
         self,
@@ -166,6 +176,8 @@ class Transcriber:
         watch: Stopwatch,
     ) -> Transcript:
         start = time.perf_counter()
+        if options.translate:
+            self._check_translation()
         tokens: list[int] = []
         segments: list[Segment] = []
         finish_reason = "stop"

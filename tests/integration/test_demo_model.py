@@ -5,6 +5,7 @@ import pytest
 import soundfile
 
 import qwen4b_asr
+from qwen4b_asr.errors import PromptError
 from qwen4b_asr.training.evaluate import ctc_words, words_of
 from qwen4b_asr.training.vocabulary import ctc_symbols, tokenizer_json
 from qwen4b_asr.weights.paths import weights_data
@@ -71,3 +72,12 @@ def test_files_are_those_that_training_writes(demo):
     assert demo.config.prompt.profile == "raw"
     assert demo.config.generation.repetition_penalty == 1.0
     assert demo.config.generation.no_repeat_ngram == 0
+
+
+def test_it_says_that_it_cannot_translate_before_it_listens(demo):
+    heard = []
+    with pytest.raises(PromptError, match="this model cannot translate"):
+        demo.transcribe(DEMO / "sample.wav", translate=True, on_token=heard.append)
+    assert heard == []
+    with pytest.raises(PromptError, match="this model cannot translate"):
+        demo.translate_text("three")
