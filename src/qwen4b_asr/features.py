@@ -84,11 +84,6 @@ class FrontendConfig:
         """Width of a low-frame-rate row, m · F."""
         return self.lfr_m * self.num_mel_bins
 
-    @property
-    def row_seconds(self) -> float:
-        """Time between two rows, in seconds."""
-        return self.lfr_n * self.frame_shift / self.sample_rate
-
 
 def frame_count(num_samples: int, config: FrontendConfig) -> int:
     """Return the number of whole frames T in `num_samples` samples (Kaldi's ``snip_edges``)."""

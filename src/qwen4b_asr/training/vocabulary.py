@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from typing import Any
 
 ENGLISH = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -24,11 +23,6 @@ _FIRST_PIECE = len(SPECIALS)
 def piece(word: str) -> str:
     """Return the text of a word inside a transcript: English words carry the space before them."""
     return f" {word}" if word in ENGLISH else word
-
-
-def text_of(words: Iterable[str]) -> str:
-    """Join words as a transcript shows them: ``three five``, ``三五``."""
-    return "".join(piece(w) for w in words).strip()
 
 
 def ctc_symbols() -> list[str]:

@@ -29,7 +29,7 @@ from .directory import (
     write_json,
 )
 from .keymap import Assignment
-from .load import parameter_shapes
+from .load import check_decoder_dtype, parameter_shapes
 from .parts import MVN_FILE, Sources, Tensors, check_files, plan_parts
 from .safetensors_file import DEFAULT_SHARD_BYTES, OutgoingTensor, write_safetensors
 from .tensors import mlx_dtype
@@ -76,13 +76,8 @@ def convert(
         CheckpointError: If a file is missing, damaged, or the parts do not fit together.
         ConfigError: If the dtype is not one that works.
     """
-    if dtype == "float16":
-        raise ConfigError(
-            "dtype float16: Qwen3's activations exceed float16's range (65504) and the text becomes '!!!!!'; "
-            "use bfloat16 or float32"
-        )
-    if dtype is not None and dtype not in DTYPES:
-        raise ConfigError(f"dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
+    if dtype is not None:
+        check_decoder_dtype(dtype, DTYPES)
     if shard_bytes < 1:
         raise ConfigError(f"shard size {shard_bytes}: must be at least 1 byte")
     encoder, adaptor, llm = (Path(path).expanduser() for path in (encoder, adaptor, llm))

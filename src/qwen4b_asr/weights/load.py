@@ -64,19 +64,28 @@ def load_model(directory: str | Path, *, dtype: str = "auto") -> tuple[SpeechMod
     return model, config
 
 
-def resolve_dtype(dtype: str) -> mx.Dtype:
-    """Return the decoder's type on the default device.
+def check_decoder_dtype(dtype: str, allowed: tuple[str, ...]) -> None:
+    """Refuse a decoder type that is not among `allowed`.
 
     Raises:
-        ConfigError: If the type is not one that works, with the reason.
+        ConfigError: With the reason, where there is one.
     """
     if dtype == "float16":
         raise ConfigError(
             "dtype float16: Qwen3's activations exceed float16's range (65504) and the text becomes '!!!!!'; "
             "use bfloat16 or float32"
         )
-    if dtype not in DTYPES:
-        raise ConfigError(f"dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
+    if dtype not in allowed:
+        raise ConfigError(f"dtype {dtype!r}: choose one of {', '.join(allowed)}")
+
+
+def resolve_dtype(dtype: str) -> mx.Dtype:
+    """Return the decoder's type on the default device.
+
+    Raises:
+        ConfigError: If the type is not one that works, with the reason.
+    """
+    check_decoder_dtype(dtype, DTYPES)
     if dtype == "auto":
         dtype = "bfloat16" if mx.default_device().type == mx.DeviceType.gpu else "float32"
     return mx.bfloat16 if dtype == "bfloat16" else mx.float32
