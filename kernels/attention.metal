@@ -3,7 +3,7 @@
 //   s[j] = scale * sum_d q[b, h, i, d] * k[b, g, j, d]       over the keys j that query i sees:
 //   those with mask[b, j] and, if CAUSAL, j <= offset + i
 //   out[b, i, h, d] = sum_j softmax(s)[j] * v[b, g, j, d]    0 if the query sees no key
-//   Sums, softmax and weights are float32, whatever T is. Hidden keys and values are never read, not even their NaN.
+//   Sums, softmax and weights are float32, whatever T is. What the mask hides is never read, not even its NaN.
 // inputs:
 //   q (B, GROUP * G, I, E) T    -- queries; any strides, so that views of a packed projection are read in place
 //   k (B, G, J, E) T            -- keys; any strides, so that a slice of a larger cache is read in place

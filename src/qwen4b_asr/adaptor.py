@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import mlx.core as mx
 import mlx.nn as nn
 
+from .kernels.attention import attention
+
 
 @dataclass(frozen=True)
 class AdaptorConfig:
@@ -65,7 +67,7 @@ class AdaptorAttention(nn.Module):
         batch, rows, _ = x.shape
         packed = mx.addmm(self.in_proj_bias, x, self.in_proj_weight.T)
         q, k, v = (t.reshape(batch, rows, self.heads, -1).swapaxes(1, 2) for t in mx.split(packed, 3, axis=-1))
-        context = mx.fast.scaled_dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5, mask=mask[:, None, None, :])
+        context = attention(q, k, v, scale=q.shape[-1] ** -0.5, mask=mask)
         return self.out_proj(context.swapaxes(1, 2).reshape(batch, rows, -1))
 
 

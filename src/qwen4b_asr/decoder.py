@@ -14,6 +14,9 @@ from typing import Any, Protocol
 import mlx.core as mx
 import mlx.nn as nn
 
+from .kernels.attention import attention
+from .kernels.qk_norm_rope import qk_norm_rope
+
 
 class LayerCache(Protocol):
     """What the decoder needs of one layer's cache."""
@@ -109,20 +112,19 @@ class Attention(nn.Module):
         self.q_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps)
         self.k_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps)
 
-    def __call__(self, x: mx.array, mask: mx.array | str | None, cache: LayerCache | None) -> mx.array:
-        """Attend over x (B, S, H) and what the cache holds; returns (B, S, H)."""
+    def __call__(self, x: mx.array, mask: mx.array | None, cache: LayerCache | None) -> mx.array:
+        """Attend over x (B, S, H) and what the cache holds, causally without a mask; returns (B, S, H)."""
         batch, rows, _ = x.shape
-        q = self.q_norm(self.q_proj(x).reshape(batch, rows, self.heads, -1)).swapaxes(1, 2)
-        k = self.k_norm(self.k_proj(x).reshape(batch, rows, self.kv_heads, -1)).swapaxes(1, 2)
+        q = self.q_proj(x).reshape(batch, rows, self.heads, -1)
+        k = self.k_proj(x).reshape(batch, rows, self.kv_heads, -1)
         v = self.v_proj(x).reshape(batch, rows, self.kv_heads, -1).swapaxes(1, 2)
         offset = 0 if cache is None else cache.offset
-        q, k = (
-            mx.fast.rope(t, self.head_dim, traditional=False, base=self.rope_theta, scale=1.0, offset=offset)
-            for t in (q, k)
-        )
+        weights = self.q_norm.weight, self.k_norm.weight
+        q, k = qk_norm_rope(q, k, *weights, eps=self.q_norm.eps, theta=self.rope_theta, offset=offset)
         if cache is not None:
             k, v = cache.update(k, v)
-        context = mx.fast.scaled_dot_product_attention(q, k, v, scale=self.head_dim**-0.5, mask=mask)
+        causal, held = mask is None and rows > 1, k.shape[2] - rows
+        context = attention(q, k, v, scale=self.head_dim**-0.5, mask=mask, causal=causal, offset=held)
         return self.o_proj(context.swapaxes(1, 2).reshape(batch, rows, -1))
 
 
@@ -150,7 +152,7 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def __call__(self, x: mx.array, mask: mx.array | str | None, cache: LayerCache | None) -> mx.array:
+    def __call__(self, x: mx.array, mask: mx.array | None, cache: LayerCache | None) -> mx.array:
         """Map (B, S, H) to (B, S, H)."""
         x = x + self.self_attn(self.input_layernorm(x), mask, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
@@ -210,10 +212,7 @@ class Qwen3(nn.Module):
         if cache is not None and len(cache) != len(layers):
             raise ValueError(f"[Qwen3] {len(layers)} layer caches are needed but got {len(cache)}")
         x = inputs_embeds.astype(self.model.norm.weight.dtype)
-        rows = x.shape[1]
-        attention_mask: mx.array | str | None = "causal" if rows > 1 else None
-        if mask is not None:
-            attention_mask = padded_causal_mask(mask)
+        attention_mask = None if mask is None else padded_causal_mask(mask)
         for i, layer in enumerate(layers):
             x = layer(x, attention_mask, None if cache is None else cache[i])
         return self.model.norm(x)

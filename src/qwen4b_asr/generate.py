@@ -13,7 +13,7 @@ import mlx.core as mx
 
 from .cache import KVCache
 from .decoder import Qwen3
-from .sampling import Sampler, SamplingOptions
+from .sampling import GreedyChain, Sampler, SamplingOptions
 
 
 @dataclass(frozen=True)
@@ -82,9 +82,8 @@ class Generation:
         if self.finish_reason is not None or self.tokens:
             raise RuntimeError("[Generation] a generation can be iterated over once")
         start = time.perf_counter()
-        sampler = Sampler(self._options.sampling)
-        cache = [KVCache() for _ in self._decoder.model.layers]
-        token = sampler.choose(self._prefill(cache), self.tokens)
+        choices = self._chained() if GreedyChain.pays(self._options.sampling) else self._one_by_one()
+        token = next(choices)
         self.prefill_seconds = time.perf_counter() - start
         start = time.perf_counter()
         while True:
@@ -98,9 +97,37 @@ class Generation:
             paused = time.perf_counter()
             yield token
             start += time.perf_counter() - paused  # the consumer's time is not ours
-            token = sampler.choose(self._step(token, cache), self.tokens)
+            token = next(choices)
             self.decode_seconds = time.perf_counter() - start
         self.decode_seconds = time.perf_counter() - start
+
+    def _one_by_one(self) -> Iterator[int]:
+        """Choose tokens without end, each one from `tokens` and before the next step begins."""
+        sampler = Sampler(self._options.sampling)
+        cache = self._empty_cache()
+        logits = self._prefill(cache)
+        while True:
+            token = sampler.choose(logits, self.tokens)
+            yield token
+            logits = self._step(mx.array([token]), cache)
+
+    def _chained(self) -> Iterator[int]:
+        """Choose the same tokens, up to the one behind the budget, with the next step queued before each is read.
+
+        The step behind a stop token is for nothing; all others do not wait for the host.
+        """
+        chain = GreedyChain(self._options.sampling)
+        cache = self._empty_cache()
+        token = chain.choose(self._prefill(cache))
+        for _ in range(self._options.max_tokens):
+            following = chain.choose(self._step(token, cache))
+            mx.async_eval(following)
+            yield int(token)
+            token = following
+        yield int(token)
+
+    def _empty_cache(self) -> list[KVCache]:
+        return [KVCache() for _ in self._decoder.model.layers]
 
     def _prefill(self, cache: list[KVCache]) -> mx.array:
         size = self._options.prefill_chunk
@@ -111,6 +138,6 @@ class Generation:
             mx.eval(hidden, [layer.state for layer in cache])
         return self._decoder.logits(hidden[:, -1])[0]
 
-    def _step(self, token: int, cache: list[KVCache]) -> mx.array:
-        hidden = self._decoder.hidden(self._decoder.embed(mx.array([[token]])), cache)
+    def _step(self, token: mx.array, cache: list[KVCache]) -> mx.array:
+        hidden = self._decoder.hidden(self._decoder.embed(token[None]), cache)
         return self._decoder.logits(hidden[:, -1])[0]

@@ -12,6 +12,12 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from .kernels.logits_argmax import OPERATION as LOGITS_ARGMAX
+from .kernels.logits_argmax import logits_argmax
+
+# Tokens by which the history on the device grows.
+_HISTORY_STEP = 256
+
 
 @dataclass(frozen=True)
 class SamplingOptions:
@@ -138,3 +144,51 @@ class Sampler:
         if self._key is not None:
             self._key, key = mx.random.split(self._key)
         return int(mx.random.categorical(scores, key=key))
+
+
+class GreedyChain:
+    """Chooses the most likely tokens one by one on the device, its own choices being the history.
+
+    The tokens are those of `Sampler` at temperature 0. As neither they nor the history have to reach the host, the
+    next step of the decoder can be queued while the device still works on this one.
+
+    Args:
+        options: How to choose; the temperature must be 0.
+
+    Raises:
+        ValueError: If it is not.
+    """
+
+    def __init__(self, options: SamplingOptions) -> None:
+        if options.temperature != 0:
+            raise ValueError(f"[GreedyChain] temperature must be 0 but got {options.temperature}")
+        self.options = options
+        self._history = mx.zeros((1, _HISTORY_STEP), dtype=mx.int32)
+        self._length = 0
+
+    @staticmethod
+    def pays(options: SamplingOptions) -> bool:
+        """Whether tokens can be chosen so, and by a kernel: with plain operations `Sampler` does the same for less."""
+        return options.temperature == 0 and LOGITS_ARGMAX.ready()
+
+    def choose(self, logits: mx.array) -> mx.array:
+        """Choose the next token.
+
+        Args:
+            logits: (V,) of the last position.
+
+        Returns:
+            The token id (1,), int32, not evaluated.
+        """
+        token = logits_argmax(
+            logits[None],
+            self._history,
+            mx.array([self._length], dtype=mx.int32),
+            penalty=self.options.repetition_penalty,
+            ngram=self.options.no_repeat_ngram,
+        )
+        if self._length == self._history.shape[1]:
+            self._history = mx.concatenate([self._history, mx.zeros((1, _HISTORY_STEP), dtype=mx.int32)], axis=1)
+        self._history[:, self._length] = token
+        self._length += 1
+        return token
