@@ -15,6 +15,8 @@ from functools import lru_cache
 import mlx.core as mx
 import mlx.nn as nn
 
+from .kernels.lfr_cmvn import lfr_cmvn, low_frame_rate
+
 # Kaldi floors the mel energies at float32's machine epsilon before the logarithm.
 _LOG_FLOOR = 1.1920928955078125e-07
 
@@ -147,31 +149,6 @@ def fbank(samples: mx.array, config: FrontendConfig) -> mx.array:
     return mx.log(mx.maximum(power @ _mel_filters(config, fft_size), _LOG_FLOOR))
 
 
-def low_frame_rate(frames: mx.array, m: int, n: int) -> mx.array:
-    """Stack `m` neighbouring frames every `n` frames, repeating the edge frames.
-
-    ``row[t] = concat(frame[clip(n·t + j - (m - 1) // 2, 0, T - 1)] for j in range(m))``
-    (FunASR's ``apply_lfr``).
-
-    Args:
-        frames: (T, F) with T ≥ 1.
-        m: Frames in a row.
-        n: Frames between rows.
-
-    Returns:
-        Rows (ceil(T / n), m · F).
-
-    Raises:
-        ValueError: If `frames` is not (T, F) with at least one frame.
-    """
-    if frames.ndim != 2 or frames.shape[0] == 0:
-        raise ValueError(f"[low_frame_rate] frames must have shape (T, F) with T >= 1 but got {frames.shape}")
-    total = frames.shape[0]
-    rows = -(-total // n)
-    index = mx.arange(rows)[:, None] * n + mx.arange(m)[None, :] - (m - 1) // 2
-    return frames[mx.clip(index, 0, total - 1)].reshape(rows, -1)
-
-
 def pad_features(features: Sequence[mx.array]) -> tuple[mx.array, mx.array]:
     """Join utterances into a batch, padded with zeros at the end.
 
@@ -211,7 +188,7 @@ class Frontend(nn.Module):
 
     def __call__(self, samples: mx.array) -> mx.array:
         """Turn one waveform (N,) in [-1, 1] into rows (L, m · F), float32."""
-        rows = low_frame_rate(fbank(samples, self.config), self.config.lfr_m, self.config.lfr_n)
+        frames, m, n = fbank(samples, self.config), self.config.lfr_m, self.config.lfr_n
         if self.config.cmvn:
-            rows = (rows + self.cmvn_shift) * self.cmvn_scale
-        return rows
+            return lfr_cmvn(frames, self.cmvn_shift, self.cmvn_scale, m=m, n=n)
+        return low_frame_rate(frames, m, n)

@@ -43,16 +43,13 @@ def positions_start_again_at_each_step(patch: Patch) -> None:
 
 @DEFECTS.noticed_by(DECODER)
 def no_norm_of_the_keys(patch: Patch) -> None:
-    original = decoder.Attention.__call__
+    original = decoder.qk_norm_rope
 
-    def call(self: Any, *args: Any) -> mx.array:
-        norm, self.k_norm = self.k_norm, nn.Identity()
-        try:
-            return original(self, *args)
-        finally:
-            self.k_norm = norm
+    def rotated(q: mx.array, k: mx.array, q_weight: mx.array, k_weight: mx.array, **kwargs: Any) -> Any:
+        queries, keys = original(q, k, q_weight, mx.ones_like(k_weight), **kwargs)
+        return queries, keys * mx.sqrt(mx.mean(k * k, axis=-1, keepdims=True)).swapaxes(1, 2)
 
-    patch.setattr(decoder.Attention, "__call__", call)
+    patch.setattr(decoder, "qk_norm_rope", rotated)
 
 
 @DEFECTS.noticed_by(DECODER)

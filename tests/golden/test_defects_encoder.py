@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -118,30 +119,43 @@ def no_residual_in_a_square_first_layer(patch: Patch) -> None:
     patch.setattr(encoder.SanmEncoder, "__init__", build)
 
 
+Memory = Callable[[mx.array, mx.array, mx.array, int], mx.array]
+
+
+def exchanged_memory(patch: Patch, change: Callable[..., mx.array]) -> None:
+    """Replace the memory block by ``change(original, qkv, weight, mask, left)``."""
+    original = encoder.fsmn
+
+    def memory(qkv: mx.array, weight: mx.array, mask: mx.array, *, left: int, **rest: Any) -> mx.array:
+        def call(qkv: mx.array, weight: mx.array, mask: mx.array, left: int) -> mx.array:
+            return original(qkv, weight, mask, left=left, **rest)
+
+        return change(call, qkv, weight, mask, left)
+
+    patch.setattr(encoder, "fsmn", memory)
+
+
 @DEFECTS.noticed_by(partial(checks.check_encoder_variant, "shifted"))
 def filter_not_shifted(patch: Patch) -> None:
-    original = encoder.fsmn_memory
-    patch.setattr(
-        encoder, "fsmn_memory", lambda v, w, mask, left, **kw: original(v, w, mask, (w.shape[1] - 1) // 2, **kw)
-    )
+    exchanged_memory(patch, lambda call, qkv, w, mask, left: call(qkv, w, mask, (w.shape[1] - 1) // 2))
 
 
 @DEFECTS.noticed_by(ENCODER)
 def memory_without_its_residual(patch: Patch) -> None:
-    original = encoder.fsmn_memory
-    patch.setattr(encoder, "fsmn_memory", lambda v, w, mask, left, **kw: original(v, w, mask, left, **kw) - v * mask)
+    def plain(call: Memory, qkv: mx.array, w: mx.array, mask: mx.array, left: int) -> mx.array:
+        return call(qkv, w, mask, left) - qkv[..., -w.shape[0] :] * mask[..., None]
+
+    exchanged_memory(patch, plain)
 
 
 @DEFECTS.noticed_by(ENCODER)
 def memory_filter_reversed(patch: Patch) -> None:
-    original = encoder.fsmn_memory
-    patch.setattr(encoder, "fsmn_memory", lambda v, w, mask, left, **kw: original(v, w[:, ::-1], mask, left, **kw))
+    exchanged_memory(patch, lambda call, qkv, w, mask, left: call(qkv, w[:, ::-1], mask, left))
 
 
 @DEFECTS.noticed_by(checks.check_encoder_batch)
 def padding_heard_by_the_memory(patch: Patch) -> None:
-    original = encoder.fsmn_memory
-    patch.setattr(encoder, "fsmn_memory", lambda v, w, mask, left, **kw: original(v, w, mx.ones_like(mask), left, **kw))
+    exchanged_memory(patch, lambda call, qkv, w, mask, left: call(qkv, w, mx.ones_like(mask), left))
 
 
 @DEFECTS.noticed_by(checks.check_encoder_batch)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from qwen4b_asr import features
+from qwen4b_asr.kernels import lfr_cmvn
 
 from . import checks
 from .planting import Defects, Patch, override
@@ -112,18 +113,18 @@ def dither(patch: Patch) -> None:
     patch.setattr(features, "fbank", noisy)
 
 
-@DEFECTS.noticed_by(partial(checks.check_lfr, 7))
+@DEFECTS.noticed_by(partial(checks.check_features, "speech"))
 def stacking_without_left_context(patch: Patch) -> None:
-    original = features.low_frame_rate
+    original = lfr_cmvn.low_frame_rate
     patch.setattr(
-        features, "low_frame_rate", lambda x, m, n: original(mx.concatenate([x[3:], x[-1:], x[-1:], x[-1:]]), m, n)
+        lfr_cmvn, "low_frame_rate", lambda x, m, n: original(mx.concatenate([x[3:], x[-1:], x[-1:], x[-1:]]), m, n)
     )
 
 
-@DEFECTS.noticed_by(partial(checks.check_lfr, 8))
+@DEFECTS.noticed_by(partial(checks.check_features, "speech"))
 def last_row_cut_off(patch: Patch) -> None:
-    original = features.low_frame_rate
-    patch.setattr(features, "low_frame_rate", lambda x, m, n: original(x, m, n)[:-1])
+    original = lfr_cmvn.low_frame_rate
+    patch.setattr(lfr_cmvn, "low_frame_rate", lambda x, m, n: original(x, m, n)[:-1])
 
 
 @DEFECTS.noticed_by(partial(checks.check_features, "speech"))

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwen4b_asr.encoder import LANGUAGE_QUERIES, EncoderConfig, fsmn_memory, sinusoidal_positions
+from qwen4b_asr.encoder import LANGUAGE_QUERIES, EncoderConfig, sinusoidal_positions
 from qwen4b_asr.features import pad_features
+from qwen4b_asr.kernels.fsmn import fsmn
 from tests.helpers.tiny import CONFIG, max_abs, ragged_lengths, rows, tiny_model
 
 WIDTH = CONFIG.encoder.input_size
@@ -52,11 +53,12 @@ def test_the_memory_block_equals_its_definition(length, size, taps, left, shifte
                 if 0 <= source < length:
                     total += v[source, d] * mask[source, 0] * weight[d, k]
             slow[t, d] = total * mask[t, 0]
-    ours = fsmn_memory(
-        mx.array(v)[None],
+    packed = np.concatenate([np.full_like(v, np.nan), v], axis=1)
+    ours = fsmn(
+        mx.array(packed)[None],
         mx.array(weight)[:, :, None],
-        mx.array(mask.astype(np.float32))[None],
-        left,
+        mx.array(mask[:, 0])[None],
+        left=left,
         shifted_adds=shifted_adds,
     )
     assert np.abs(np.array(ours[0]) - slow).max() < 1e-5

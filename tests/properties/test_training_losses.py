@@ -10,6 +10,7 @@ from mlx.utils import tree_flatten
 
 from qwen4b_asr import encoder
 from qwen4b_asr.features import low_frame_rate
+from qwen4b_asr.kernels.fsmn import fsmn
 from qwen4b_asr.model import SpeechModel
 from qwen4b_asr.training import fast
 from qwen4b_asr.training.batches import Batch, stack_rows
@@ -143,13 +144,13 @@ def test_fast_attention_equals_the_ordinary_one(seed, rows, kind):
 @given(seeds, st.integers(1, 15), st.integers(0, 4))
 def test_fast_memory_equals_the_ordinary_one(seed, rows, left):
     keys = mx.random.split(mx.random.key(seed), 3)
-    v = mx.random.normal((2, rows, 6), key=keys[0])
+    qkv = mx.random.normal((2, rows, 18), key=keys[0])
     weight = mx.random.normal((6, 5, 1), key=keys[1])
-    mask = (mx.arange(rows)[None, :] < mx.random.randint(1, rows + 1, (2, 1), key=keys[2]))[:, :, None].astype(v.dtype)
+    mask = mx.arange(rows)[None, :] < mx.random.randint(1, rows + 1, (2, 1), key=keys[2])
     assert_same_values_and_gradients(
-        lambda *a: encoder.fsmn_memory(*a, mask, left),
-        lambda *a: fast.memory(*a, mask, left),
-        [v, weight],
+        lambda *a: fsmn(*a, mask, left=left),
+        lambda *a: fast.memory(*a, mask, left=left),
+        [qkv, weight],
         seed,
     )
 
@@ -162,7 +163,7 @@ def test_fast_activations_equal_the_ordinary_ones(seed):
 
 
 def test_fast_gradients_give_way_afterwards(model):
-    kept = (mx.fast.scaled_dot_product_attention, encoder.fsmn_memory, nn.gelu, nn.silu)
+    kept = (mx.fast.scaled_dot_product_attention, encoder.fsmn, nn.gelu, nn.silu)
     inputs = inputs_of(random_batch(2), *NORMALISATION)
 
     def loss():
@@ -174,6 +175,6 @@ def test_fast_gradients_give_way_afterwards(model):
     with fast.cpu_gradients():
         assert mx.fast.scaled_dot_product_attention is fast.attention
         quick = dict(tree_flatten(nn.value_and_grad(model, loss)()[1]))
-    assert (mx.fast.scaled_dot_product_attention, encoder.fsmn_memory, nn.gelu, nn.silu) == kept
+    assert (mx.fast.scaled_dot_product_attention, encoder.fsmn, nn.gelu, nn.silu) == kept
     for name, gradient in ordinary.items():
         np.testing.assert_allclose(quick[name], gradient, atol=2e-4, err_msg=name)

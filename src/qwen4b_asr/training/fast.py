@@ -85,11 +85,22 @@ def _slide(x: Floats, w: Floats) -> Floats:
     return out
 
 
-def memory(v: mx.array, weight: mx.array, mask: mx.array, left: int, *, shifted_adds: bool = False) -> mx.array:
-    """`encoder.fsmn_memory` with NumPy's gradient."""
-    v = v * mask
-    padded = mx.pad(v, [(0, 0), (left, weight.shape[1] - 1 - left), (0, 0)])
-    return (depthwise(padded, weight) + v) * mask
+def memory(
+    qkv: mx.array,
+    weight: mx.array,
+    mask: mx.array,
+    *,
+    left: int,
+    offset: int | None = None,
+    shifted_adds: bool | None = None,
+) -> mx.array:
+    """`kernels.fsmn.fsmn` with NumPy's gradient."""
+    width, taps, _ = weight.shape
+    first = qkv.shape[2] - width if offset is None else offset
+    keep = mask[:, :, None].astype(qkv.dtype)
+    v = qkv[:, :, first : first + width] * keep
+    padded = mx.pad(v, [(0, 0), (left, taps - 1 - left), (0, 0)])
+    return (depthwise(padded, weight) + v) * keep
 
 
 def _silu(x: mx.array) -> mx.array:
@@ -144,7 +155,7 @@ def cpu_gradients() -> Iterator[None]:
         return
     places: list[tuple[Any, str, Any]] = [
         (mx.fast, "scaled_dot_product_attention", attention),
-        (encoder, "fsmn_memory", memory),
+        (encoder, "fsmn", memory),
         (nn, "gelu", gelu),
         (nn, "silu", silu),
     ]

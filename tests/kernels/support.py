@@ -1,0 +1,86 @@
+"""What the tests of all kernels share: element types, exact values, and the judge.
+
+A kernel is judged by its own kind: against float64 it may be off by twice what MLX's plain operations are off in the
+same element type, and by one step of that type. A fixed tolerance would be too wide for one shape and too tight for
+another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+
+from qwen4b_asr.kernels import _loader
+from tests.helpers import metal_host
+
+DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+EPSILON = {mx.float32: 2.0**-23, mx.float16: 2.0**-10, mx.bfloat16: 2.0**-7}
+SMALLEST = {mx.float32: 2.0**-149, mx.float16: 2.0**-24, mx.bfloat16: 2.0**-133}
+
+dtypes = st.sampled_from(list(DTYPES.values()))
+seeds = st.integers(0, 2**32 - 1)
+# Around the 8 rows of a thread and threadgroup, the 32 lanes of a SIMD group, and primes.
+lengths = st.sampled_from([1, 2, 3, 7, 8, 9, 13, 15, 16, 17, 23, 31, 32, 33, 64, 65])
+
+
+def magnitudes(dtype: mx.Dtype) -> list[float]:
+    """Sizes of values to try: the smallest, small, ordinary and large ones of an element type."""
+    if dtype == mx.float16:
+        return [8 * SMALLEST[dtype], 1e-3, 1.0, 300.0]
+    return [8 * SMALLEST[dtype], 1e-18, 1.0, 1e15]
+
+
+def random(rng: np.random.Generator, shape: Sequence[int], dtype: mx.Dtype, magnitude: float = 1.0) -> mx.array:
+    """Normally distributed values of about `magnitude`."""
+    return mx.array((rng.standard_normal(shape) * magnitude).astype(np.float32)).astype(dtype)
+
+
+def exact(x: mx.array) -> np.ndarray:
+    """The values of an array in float64."""
+    return np.array(x.astype(mx.float32)).astype(np.float64)
+
+
+def bits(x: mx.array) -> bytes:
+    """The memory of an array, which tells -0 from 0 and one NaN from another."""
+    return np.array(mx.contiguous(x).view(mx.uint8)).tobytes()
+
+
+def judge(found: mx.array, plain: mx.array, wanted: np.ndarray) -> None:
+    """Hold a kernel's result against float64.
+
+    Args:
+        found: The kernel's result.
+        plain: What the plain operations give in the same element type.
+        wanted: The exact result.
+
+    Raises:
+        AssertionError: If shape or dtype differ from the plain operations', or the error is more than twice theirs
+            and one step of the element type.
+    """
+    assert found.shape == plain.shape == wanted.shape
+    assert found.dtype == plain.dtype
+    assert np.isfinite(exact(found)).all(), "not finite"
+    error, allowed = (float(np.abs(exact(x) - wanted).max(initial=0)) for x in (found, plain))
+    step = EPSILON[found.dtype] * float(np.abs(wanted).max(initial=0)) + SMALLEST[found.dtype]
+    assert error <= 2 * allowed + step, f"error {error:.3g}, the plain operations' {allowed:.3g}, a step {step:.3g}"
+
+
+@contextmanager
+def on_the_host() -> Iterator[None]:
+    """Run the Metal text of every kernel on the CPU while the block runs; skip the test where that cannot be."""
+    if reason := metal_host.unavailable():
+        pytest.skip(reason)
+    with _loader.override("metal", metal_host.metal_kernel):
+        yield
+
+
+def verified(kernel: Callable[[], Any]) -> Any:
+    """Run a kernel under every schedule and poison of the host runner; all must agree to the bit."""
+    with on_the_host():
+        return metal_host.verify(kernel)
