@@ -2,7 +2,7 @@
 
 PYTHON ?= python
 
-.PHONY: help install test lint types check ci golden demo wheel clean
+.PHONY: help install test lint types check ci bench golden demo wheel clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */|/' | awk -F'|' '{printf "%-9s %s\n", $$1, $$2}'
@@ -24,6 +24,9 @@ check: lint types test  ## all of the above: what a change must pass
 
 ci:  ## the same in a fresh virtual environment, the README's quick start included
 	.ci/run
+
+bench:  ## check and time the kernels, write this device's table into kernels/README.md
+	$(PYTHON) tools/bench_kernels.py --record
 
 golden:  ## make the golden tensors anew; PYTHON must have the reference environment (see CONTRIBUTING.md)
 	$(PYTHON) tools/golden/make_golden.py

@@ -7,7 +7,8 @@
     python tools/bench_kernels.py --list                      what there is to time
 
 For each case of each kernel: the kernel, its plain reference, ``mx.compile`` of that, and MLX's own fused operation,
-taking turns in one run. Without a GPU there is no kernel to time: the others are timed.
+taking turns in one run. Without a GPU there is no kernel to time: the others are timed, and ``--host-counts`` adds
+what the kernel's text does when it is run thread by thread on the CPU, in counts and never in seconds.
 ``bench/rows.py`` says what the JSON rows hold. The exit status is 1 if something failed or computed something else
 than the reference.
 """
@@ -20,7 +21,7 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,6 +62,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--seconds", type=positive_float, default=5.0, metavar="S", help="begin no round of a case later (%(default)s)")
     add("--json", type=Path, metavar="FILE", help="append a JSON object per row")
     add("--markdown", action="store_true", help="print the table as Markdown")
+    add("--host-counts", action="store_true", help="count what the kernels do, run on the CPU by a C++ compiler")
     add("--record", action="store_true", help="check and time all, write this device's table into kernels/README.md")
     return parser
 
@@ -136,6 +138,7 @@ def run(
     Returns:
         The rows, and what each of them says of the run.
     """
+    from bench import host_counts
     from bench.check import self_check
     from bench.facts import about, default_device, load_average
     from bench.measure import Effort, first_line, measure
@@ -159,6 +162,8 @@ def run(
             except Exception as error:  # the other kernels are still to be timed
                 untrusted[name] = Outcome("failed", f"{type(error).__name__}: {first_line(error)}")
         row = measure(job.operation, job.case, job.dtype, device, roofline, effort, instead=untrusted.get(name))
+        if options.host_counts:
+            row = replace(row, host_counts=host_counts.count(job.operation, job.case, job.dtype))
         rows.append(row)
     progress("")
     facts["load_average_after"] = load_average()
@@ -198,6 +203,7 @@ def main(words: Sequence[str] | None = None) -> int:
     from qwen4b_asr._blas import preload_openblas
 
     blas = preload_openblas()  # before MLX
+    from bench import host_counts
     from bench.facts import default_device
     from bench.record import RecordError, write_block
     from bench.rows import as_json
@@ -207,6 +213,8 @@ def main(words: Sequence[str] | None = None) -> int:
     try:
         choose_device(options.device)
         jobs = choose_jobs(operations(), options.kernel, options.case, options.dtype)
+        if options.host_counts and (reason := host_counts.unavailable()):
+            raise UsageError(f"--host-counts: {reason}")
     except UsageError as error:
         parser.error(str(error))
     if options.list:

@@ -171,7 +171,11 @@ def unknown_words(command: list[str]) -> list[str]:
 # Programs of others that the documents may name.
 KNOWN = {"export", "pytest", "git", "cd", "pip", "python", "ruff", "mypy", "hf", "cat"}
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-DOCUMENTED = [*commands(README), *commands((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))]
+DOCUMENTED = [
+    command
+    for document in ("README.md", "CONTRIBUTING.md", "kernels/README.md")
+    for command in commands((ROOT / document).read_text(encoding="utf-8"))
+]
 
 
 @pytest.mark.parametrize("command", DOCUMENTED, ids=" ".join)

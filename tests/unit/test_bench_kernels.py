@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import bench_kernels
-from bench import facts, paths, record, roofline, rows, table
+from bench import facts, host_counts, paths, record, roofline, rows, table
 from tests.helpers.bench_toys import CPU, GPU, outcome, row, run_facts, toy, toy_case
 
 # --- Rows ---------------------------------------------------------------------------------------------------------
@@ -32,6 +32,7 @@ def test_a_row_as_json_says_where_it_comes_from():
     "claim",
     [
         row(kernel=outcome(1e-3)),
+        row(kernel=rows.Outcome("timed")),
         row(kernel=rows.Outcome("absent", "", median=1e-3)),
         row(times_best=2.0),
         row(host_counts={"threads": 8, "emulated_seconds": 1}),
@@ -114,6 +115,13 @@ def test_the_block_of_a_device_names_versions_command_and_a_busy_machine():
         assert part in text
     assert "shared" not in text
     assert "shared the machine" in table.block([row()], {**said, "load_average": 1.9}, CPU.title)
+
+
+@pytest.mark.parametrize(
+    ("share", "text"), [(None, "–"), (0.0, "0 %"), (0.003, "<1 %"), (0.256, "26 %"), (1.5, "150 %")]
+)
+def test_percent(share, text):
+    assert table.percent(share) == text
 
 
 # --- Recording ----------------------------------------------------------------------------------------------------
@@ -265,6 +273,21 @@ def test_what_does_not_exist_is_refused(command, capsys, words, said):
     assert caught.value.code == 2
     assert said in capsys.readouterr().err
     assert command.document.read_text(encoding="utf-8") == EMPTY
+
+
+def test_counts_are_shown_and_recorded_without_a_time(command, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(host_counts, "unavailable", lambda: None)
+    monkeypatch.setattr(host_counts, "count", lambda operation, case, dtype: {"threads": 1234})
+    assert command.run("--host-counts", "--json", str(tmp_path / "rows.jsonl"), "--case", "other") == 0
+    assert "half other float16: threads 1,234" in capsys.readouterr().out
+    assert json.loads((tmp_path / "rows.jsonl").read_text())["host_counts"] == {"threads": 1234}
+
+
+def test_counts_that_cannot_be_had_are_refused(command, capsys, monkeypatch):
+    monkeypatch.setattr(host_counts, "unavailable", lambda: "needs a compiler")
+    with pytest.raises(SystemExit):
+        command.run("--host-counts")
+    assert "--host-counts: needs a compiler" in capsys.readouterr().err
 
 
 def test_a_gpu_that_is_not_there_is_refused(command, capsys, monkeypatch):

@@ -72,7 +72,9 @@ def times(value: float | None) -> str:
 
 def percent(value: float | None) -> str:
     """Return a share in percent."""
-    return NONE if value is None else f"{100 * value:.0f} %"
+    if value is None:
+        return NONE
+    return "<1 %" if 0 < value < 0.01 else f"{100 * value:.0f} %"
 
 
 def share_of_best(row: Row) -> float | None:

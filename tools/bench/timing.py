@@ -8,6 +8,7 @@ with them is measured beside it (`Samples.alone`), and so is the part that Pytho
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -90,9 +91,9 @@ def chain_length(run: Callable[[int], float], target_seconds: float, most: int) 
         seconds = run(length)
         if seconds >= target_seconds:
             break
-        # The first lengths are mostly launch and wait, which do not grow: no leap on their word.
-        wanted = int(length * target_seconds / max(seconds, 1e-9)) + 1
-        length = min(most, max(length + 1, min(wanted, 8 * length)))
+        # At least that many: the launch and the wait, which the measured seconds hold too, do not grow along.
+        wanted = math.ceil(length * target_seconds / max(seconds, 1e-9))
+        length = min(most, max(length + 1, wanted))
     return length
 
 
