@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import shutil
+import subprocess
 from types import SimpleNamespace
 
 import mlx.core as mx
@@ -10,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import bench_kernels
-from bench import facts, host_counts, paths, record, roofline, rows, table
+from bench import check, facts, host_counts, paths, record, roofline, rows, table
 from tests.helpers.bench_toys import CPU, GPU, outcome, row, run_facts, toy, toy_case
 
 # --- Rows ---------------------------------------------------------------------------------------------------------
@@ -156,6 +159,8 @@ def test_a_device_takes_its_own_place_alone():
         f"{record.AREA_BEGIN}\n",
         f"{record.AREA_END}\n{record.AREA_BEGIN}\n",
         f"{EMPTY}{EMPTY}",
+        f"{record.AREA_BEGIN}\n{EMPTY}",
+        f"{EMPTY}{record.AREA_END}\n",
         EMPTY.replace(record.AREA_END, f"something by hand\n{record.AREA_END}"),
         EMPTY.replace(record.AREA_END, f"<!-- bench a -->\nno end\n{record.AREA_END}"),
     ],
@@ -248,6 +253,33 @@ def test_recording_writes_this_devices_table_and_nothing_else(command, capsys):
     assert command.document.read_text(encoding="utf-8").count("<!-- bench cpu-") == 1
 
 
+def test_recording_checks_and_says_what_is_wrong(command, monkeypatch):
+    wrong = paths.Fused("mx.wrong", frozenset(), lambda reference, given: given["x"])
+    monkeypatch.setattr(paths, "FUSED", {"toy": wrong})
+    assert command.run("--record") == 1
+    text = command.document.read_text(encoding="utf-8")
+    assert text.count("WRONG") == 3
+    assert "* mlx: wrong: off the reference by" in text
+
+
+def test_on_a_gpu_the_small_cases_decide_whether_a_kernel_is_timed(command, monkeypatch, capsys):
+    def self_check(operation):
+        if operation.name == "toy":
+            return "tiny, float16: error 3"
+        raise RuntimeError("does not compile\nat all")
+
+    monkeypatch.setattr(facts, "default_device", lambda: GPU)
+    monkeypatch.setattr(check, "self_check", self_check)
+    assert command.run("--check", "--dtype", "float16") == 1
+    said = capsys.readouterr().out.splitlines()
+    assert "kernel: wrong: tiny, float16: error 3 (toy small float16)." in said
+    assert "kernel: failed: RuntimeError: does not compile (half other float16)." in said
+    assert not any("no GPU in use" in line for line in said)
+    monkeypatch.setattr(check, "self_check", lambda operation: None)
+    assert command.run("--check", "--dtype", "float16") == 0
+    assert "times MLX's best" in capsys.readouterr().out
+
+
 def test_a_document_that_cannot_be_written_fails_the_command(command, capsys):
     command.document.write_text("no marks", encoding="utf-8")
     assert command.run("--record") == 1
@@ -297,5 +329,23 @@ def test_a_gpu_that_is_not_there_is_refused(command, capsys, monkeypatch):
     assert "--device gpu: MLX finds none" in capsys.readouterr().err
 
 
-def test_a_revision_is_that_of_the_checkout_alone(tmp_path):
+def test_a_revision_is_that_of_the_checkout_alone(tmp_path, monkeypatch):
     assert facts.revision(tmp_path) is None
+    if shutil.which("git") is None:
+        pytest.skip("git makes the checkout to look at")
+    for name in ("GIT_CONFIG_GLOBAL", "GIT_CONFIG_SYSTEM"):
+        monkeypatch.setenv(name, os.devnull)
+    for folder in ("src", "docs"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a").write_text("1")
+    me = ["-c", "user.name=A", "-c", "user.email=a@b.c"]
+    for words in (["init", "-q"], ["add", "."], [*me, "commit", "-q", "-m", "A"]):
+        subprocess.run(["git", "-C", str(tmp_path), *words], check=True)
+    clean = facts.revision(tmp_path)
+    assert clean is not None
+    assert len(clean) >= 7
+    assert facts.revision(tmp_path / "src") is None  # an archive unpacked inside somebody else's checkout
+    (tmp_path / "docs" / "a").write_text("2")
+    assert facts.revision(tmp_path) == clean
+    (tmp_path / "src" / "a").write_text("2")
+    assert facts.revision(tmp_path) == f"{clean}-dirty"

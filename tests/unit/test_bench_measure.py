@@ -215,6 +215,11 @@ def test_one_wrong_row_of_a_long_result_is_seen():
     assert check.difference(got, wanted)
 
 
+def test_the_small_cases_are_compared():
+    assert check.self_check(toy()) is None
+    assert "small, float32" in (check.self_check(toy(kernel=lambda x, by: x * by + 0.1)) or "")
+
+
 # --- Measuring ----------------------------------------------------------------------------------------------------
 
 

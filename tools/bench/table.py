@@ -103,7 +103,7 @@ def markdown(rows: Sequence[Row]) -> str:
     head = columns(rows)
     lines = ["| " + " | ".join(column.head for column in head) + " |"]
     lines.append("|" + "|".join("--:" if column.number else "---" for column in head) + "|")
-    lines += ["| " + " | ".join(column.cell(row).replace("|", "\\|") for column in head) + " |" for row in rows]
+    lines += ["| " + " | ".join(column.cell(row) for column in head) + " |" for row in rows]
     return "\n".join(lines)
 
 
