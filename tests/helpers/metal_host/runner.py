@@ -42,9 +42,10 @@ class Statistics:
 
 @dataclass
 class Record:
-    """A launch as `verify` remembers it: the kernel's name and its outputs as bytes."""
+    """A launch as `verify` remembers it: the kernel's name, its Metal text, and its outputs as bytes."""
 
     kernel: str
+    text: str
     names: list[str]
     shapes: list[tuple[int, ...]]
     item_bytes: list[int]
@@ -146,6 +147,7 @@ class HostKernel:
             _SETTINGS.records.append(
                 Record(
                     self.parameters["name"],
+                    self.text,
                     list(self.parameters["output_names"]),
                     call["output_shapes"],
                     [dtype.size for dtype in output_dtypes],

@@ -67,6 +67,11 @@ def without_comments(text: str) -> str:
     return _COMMENT.sub(lambda match: re.sub(r"[^\n]", " ", match.group()), text)
 
 
+def half_literals(text: str) -> str:
+    """Spell ``1.0h`` and ``1.0bf`` as casts, which every C++ compiler knows."""
+    return _HALF_LITERAL.sub(lambda match: f"{'half' if match[2] in 'hH' else 'bfloat'}({match[1]})", text)
+
+
 def split_top_level(text: str, separator: str = ",") -> list[str]:
     """Split at separators that stand in no bracket of any kind."""
     parts, depth, start = [], 0, 0
@@ -187,7 +192,7 @@ def translate(text: str) -> Translation:
     if instantiation := _INSTANTIATION.search(bare):
         callee = instantiation.group(1)
         bare = bare[: instantiation.start()] + f"\ntemplate decltype({callee}) {callee};\n"
-    bare = _HALF_LITERAL.sub(lambda m: f"{'half' if m.group(2) in 'hH' else 'bfloat'}({m.group(1)})", bare)
+    bare = half_literals(bare)
     entry = f"""
 #define METAL_HOST_EXPORT extern "C" __attribute__((visibility("default")))
 METAL_HOST_EXPORT void metal_host_bind(const metal_host::Services* services) {{ metal_host::services = services; }}
