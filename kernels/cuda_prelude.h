@@ -252,7 +252,7 @@ METAL_FUNC int matrix_lane(int row, int column) {
 }
 
 template <typename T>
-struct matrix_elements {
+struct alignas(2 * sizeof(T)) matrix_elements {
   T own[2];
   METAL_FUNC T& operator[](int i) { return own[i]; }
   METAL_FUNC const T& operator[](int i) const { return own[i]; }
@@ -313,24 +313,113 @@ METAL_FUNC void simdgroup_store(
   }
 }
 
-// Products are added in float, one column of a and one row of b after the other.
+// Both elements that another lane holds, as floats; two of 16 bits travel in one word.
+template <typename T>
+METAL_FUNC void fetch_elements(const matrix_elements<T>& from, int lane, float& first, float& second) {
+  if constexpr (sizeof(T) == 2) {
+    uint word;
+    memcpy(&word, from.own, sizeof(word));
+    word = __shfl_sync(0xffffffffu, word, lane);
+    T own[2];
+    memcpy(own, &word, sizeof(word));
+    first = float(own[0]);
+    second = float(own[1]);
+  } else {
+    first = __shfl_sync(0xffffffffu, float(from.own[0]), lane);
+    second = __shfl_sync(0xffffffffu, float(from.own[1]), lane);
+  }
+}
+
+// Tensor cores multiply numbers of 11 significant bits (tf32) without loss: a half or a bfloat is one of them, a float
+// the sum of three.
+template <typename T>
+struct tf32_parts {
+  static constexpr int count = sizeof(T) == 2 ? 1 : 3;
+};
+
+template <int Count>
+METAL_FUNC void split_tf32(float x, float (&part)[Count]) {
+#pragma unroll
+  for (int i = 0; i < Count; i++) {
+    part[i] = __uint_as_float(__float_as_uint(x) & 0xffffe000u);
+    x = x == part[i] ? 0.0f : x - part[i];  // infinity leaves nothing
+  }
+}
+
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+
+#ifndef METAL_HAS_MMA_TF32
+// d += a * b for the upper 8 of 16 rows. Lane 4 g + t has a[g][t] and a[g][t + 4], b[t][g] and b[t + 4][g], and
+// d[g][2 t] and d[g][2 t + 1].
+METAL_FUNC void mma_tf32(float& d0, float& d1, float a0, float a1, float b0, float b1) {
+  float lower0 = 0.0f, lower1 = 0.0f;
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %5}, {%7, %8}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(d0), "+f"(d1), "+f"(lower0), "+f"(lower1)
+      : "r"(__float_as_uint(a0)), "r"(0u), "r"(__float_as_uint(a1)), "r"(__float_as_uint(b0)),
+        "r"(__float_as_uint(b1)));
+}
+#endif
+
+// The order of the products does not matter, so columns 2 t and 2 t + 1 of a, which one lane holds, go where the tensor
+// core has t and t + 4, and the rows of b likewise.
 template <typename D, typename A, typename B, typename C>
 METAL_FUNC void simdgroup_multiply_accumulate(
     simdgroup_matrix<D, 8, 8>& d, const simdgroup_matrix<A, 8, 8>& a, const simdgroup_matrix<B, 8, 8>& b,
     const simdgroup_matrix<C, 8, 8>& c) {
-  const int lane = lane_index();
-  const int row = matrix_row(lane), column = matrix_column(lane);
-  float sum[2] = {float(c.elements[0]), float(c.elements[1])};
+  constexpr int a_parts = tf32_parts<A>::count, b_parts = tf32_parts<B>::count;
+  const int lane = lane_index(), row = lane / 4, column = lane % 4 * 2;
+  float a0, a1, even0, odd0, even1, odd1, sum0, sum1;
+  fetch_elements(a.elements, matrix_lane(row, column), a0, a1);
+  fetch_elements(b.elements, matrix_lane(column, row), even0, odd0);
+  fetch_elements(b.elements, matrix_lane(column + 1, row), even1, odd1);
+  fetch_elements(c.elements, matrix_lane(row, column), sum0, sum1);
+  float left0[a_parts], left1[a_parts], right0[b_parts], right1[b_parts];
+  split_tf32(a0, left0);
+  split_tf32(a1, left1);
+  split_tf32(row % 2 ? odd0 : even0, right0);
+  split_tf32(row % 2 ? odd1 : even1, right1);
 #pragma unroll
-  for (int k = 0; k < 8; k++) {
-    const float left = float(simd_shuffle(a.elements[k % 2], matrix_lane(row, k)));
-    const int holder = matrix_lane(k, column);
-    sum[0] = fmaf(left, float(simd_shuffle(b.elements[0], holder)), sum[0]);
-    sum[1] = fmaf(left, float(simd_shuffle(b.elements[1], holder)), sum[1]);
+  for (int order = 2; order >= 0; order--) {  // what is smaller than float can hold is left out, small parts go first
+#pragma unroll
+    for (int i = 0; i < a_parts; i++) {
+#pragma unroll
+      for (int j = 0; j < b_parts; j++) {
+        if (i + j == order) {
+          mma_tf32(sum0, sum1, left0[i], left1[i], right0[j], right1[j]);
+        }
+      }
+    }
   }
-  d.elements[0] = D(sum[0]);
-  d.elements[1] = D(sum[1]);
+  const int holder = matrix_row(lane) * 4 + matrix_column(lane) / 2;
+  d.elements[0] = D(__shfl_sync(0xffffffffu, sum0, holder));
+  d.elements[1] = D(__shfl_sync(0xffffffffu, sum1, holder));
 }
+
+#else  // Before Ampere: one column of a and one row of b after the other.
+
+template <typename D, typename A, typename B, typename C>
+METAL_FUNC void simdgroup_multiply_accumulate(
+    simdgroup_matrix<D, 8, 8>& d, const simdgroup_matrix<A, 8, 8>& a, const simdgroup_matrix<B, 8, 8>& b,
+    const simdgroup_matrix<C, 8, 8>& c) {
+  const int lane = lane_index(), row = matrix_row(lane), column = matrix_column(lane);
+  float sum0 = float(c.elements[0]), sum1 = float(c.elements[1]);
+#pragma unroll 1
+  for (int k = 0; k < 8; k += 2) {
+    float left[2], right0, right1;
+    fetch_elements(a.elements, matrix_lane(row, k), left[0], left[1]);
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      fetch_elements(b.elements, matrix_lane(k + i, column), right0, right1);
+      sum0 = fmaf(left[i], right0, sum0);
+      sum1 = fmaf(left[i], right1, sum1);
+    }
+  }
+  d.elements[0] = D(sum0);
+  d.elements[1] = D(sum1);
+}
+
+#endif
 
 template <typename D, typename A, typename B>
 METAL_FUNC void simdgroup_multiply(
