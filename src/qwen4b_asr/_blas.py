@@ -65,6 +65,14 @@ def preload_openblas() -> str | None:
     return None
 
 
+def loaded_blas() -> str | None:
+    """Return the path of the library that `preload_openblas` loaded, or None if MLX uses its own (Linux)."""
+    if sys.platform != "linux":
+        return None
+    symbols = ctypes.CDLL(None)  # what is global in this process; MLX's own libraries are not
+    return _path_of(symbols) if hasattr(symbols, "cblas_sgemm") else None
+
+
 def physical_cores() -> int:
     """Count the physical cores that this process may use, at least 1 (Linux)."""
     cpus = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)

@@ -43,9 +43,16 @@ class HostCuda:
                  header: str = "", ensure_row_contiguous: bool = True, shared_memory: int = 0) -> Any:  # fmt: skip
         """Build a callable kernel."""
 
-        def launch(*, inputs: Sequence[mx.array], output_shapes: Sequence[Sequence[int]],
-                   output_dtypes: Sequence[mx.Dtype], grid: Sequence[int], threadgroup: Sequence[int],
-                   template: Iterable[tuple[str, Any]] = (), init_value: float | None = None) -> list[mx.array]:  # fmt: skip
+        def launch(
+            *,
+            inputs: Sequence[mx.array],
+            output_shapes: Sequence[Sequence[int]],
+            output_dtypes: Sequence[mx.Dtype],
+            grid: Sequence[int],
+            threadgroup: Sequence[int],
+            template: Iterable[tuple[str, Any]] = (),
+            init_value: float | None = None,
+        ) -> list[mx.array]:
             text = mlx_text(name, header, source, input_names, inputs, output_names, output_dtypes, list(template))
             entry = _entry(text)
             arrays = dict(zip(input_names, (_to_numpy(array) for array in inputs), strict=True))
@@ -71,13 +78,12 @@ def _buffer(parameter: str, arrays: dict[str, np.ndarray]) -> np.ndarray:
     return numbers
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _entry(text: Text) -> Any:
     """Compile a text and return ``entry(buffers, grid, threadgroup)``."""
     arguments = []
     for place, parameter in enumerate(text.parameters):
-        kind, name = re.fullmatch(r"(.*?)(\w+)", parameter.replace("__grid_constant__ ", "")).groups()
-        kind = kind.strip()
+        kind = re.sub(r"\w+$", "", parameter.replace("__grid_constant__ ", "")).strip()
         star = "" if kind.endswith("*") else "*"
         arguments.append(f"{star}({kind}{star})buffers[{place}]")
     call = f"mlx::core::cu::{text.name}({', '.join(arguments)})"

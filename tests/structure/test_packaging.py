@@ -149,7 +149,7 @@ def unknown_words(command: list[str]) -> list[str]:
     head, *rest = command
     options = {word.partition("=")[0] for word in rest if word.startswith("--")}
     if head == "qwen4b-asr":
-        subcommand = rest[:1] if rest and rest[0] in ("convert", "verify", "train") else []
+        subcommand = rest[:1] if rest and rest[0] in ("convert", "verify", "train", "doctor") else []
         text = help_of([sys.executable, "-m", "qwen4b_asr", *subcommand])
     elif head.startswith("python") and rest and rest[0].endswith(".py"):
         if not (ROOT / rest[0]).is_file():
@@ -221,7 +221,7 @@ def test_the_command_reader_splits_and_strips():
 def test_options_named_in_the_readmes_text_exist():
     prose = re.sub(r"^```.*?^```", "", README, flags=re.DOTALL | re.MULTILINE)
     cli = [sys.executable, "-m", "qwen4b_asr"]
-    known = "".join(help_of([*cli, *words]) for words in ([], ["convert"], ["verify"], ["train"]))
+    known = "".join(help_of([*cli, *words]) for words in ([], ["convert"], ["verify"], ["train"], ["doctor"]))
     pip = {"--force-reinstall", "--no-deps"}
     named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", prose)) - pip
     assert {"--model", "--prompt-profile"} <= named | set(re.findall(r"--[a-z-]+", README))

@@ -11,7 +11,7 @@ from types import ModuleType
 from ..errors import AsrError, PromptError
 from ._terminal import PROGRAM, OutputError, complain, discard_stdout, load_blas, unexpected
 
-COMMANDS = ("convert", "verify", "train")
+COMMANDS = ("convert", "verify", "train", "doctor")
 """Modules beside this one with `add_arguments(parser)` and `run(args) -> int`, called by the first word; a recording
 of such a name is given as ./convert."""
 
@@ -68,6 +68,10 @@ def _command(name: str) -> ModuleType:
         from . import verify
 
         return verify
+    if name == "doctor":
+        from . import doctor
+
+        return doctor
     from . import train
 
     return train

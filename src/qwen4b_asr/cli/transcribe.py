@@ -45,11 +45,13 @@ other commands (--help after each):
   {PROGRAM} convert    build a model directory from its published parts
   {PROGRAM} verify     check a model directory
   {PROGRAM} train      train the demonstration model
+  {PROGRAM} doctor     show what this machine runs on, and what is wrong with it
   A recording with such a name is given as ./convert.
 
 environment:
   {MODEL_VARIABLE}   model to use without --model
   QWEN4B_ASR_BLAS    Linux: BLAS library to load for MLX, or off; an OpenBLAS is found by itself
+  QWEN4B_ASR_KERNELS custom kernels on a GPU: on, off, or names separated by commas
 
 exit status:
   0 all done, 1 a file failed (the others are still done), 2 wrong usage, 130 interrupted

@@ -114,10 +114,12 @@ class Operation:
     def state(self) -> State:
         """Return how things stand with the kernel, after finding out as `ready` does."""
         on = backend()
-        if not chosen(self.name, self.default):
-            return State("off", "turned off" if self.default else "off unless asked for: not known to pay")
+        if not chosen(self.name, True):
+            return State("off", "turned off")
         if on is None:
             return State("plain", "plain operations: the default device is not a GPU")
+        if not chosen(self.name, self.default):
+            return State("off", "off unless asked for: no measurement shows that it pays")
         self.ready()
         return self._states.get(self._where(on)) or State("used", "trusted without a self-check")
 
