@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwen4b_asr.generate import Generation, GenerationOptions
-from qwen4b_asr.kernels import use
+from qwen4b_asr.kernels import _loader, use
 from qwen4b_asr.kernels.logits_argmax import CASES, logits_argmax, logits_argmax_kernel, logits_argmax_reference
 from qwen4b_asr.sampling import GreedyChain, Sampler, SamplingOptions
 from tests.helpers.tiny import CONFIG, rows, tiny_model
@@ -31,7 +31,7 @@ def definition(logits: mx.array, history: list[int], penalty: float, ngram: int)
 
 def draw(rng: np.random.Generator, vocabulary: int, held: int, room: int, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
     """Logits (1, V) with ties, and a history (1, room) of few kinds of tokens: the best, the ends, any."""
-    logits = random(rng, (1, vocabulary), dtype, rng.choice([1e-3, 1.0, 30.0]))
+    logits = random(rng, (1, vocabulary), dtype, rng.choice([0.1, 1.0, 30.0]))
     if rng.random() < 0.5:
         logits = mx.round(logits)  # many ties, both zeros among them
     best = np.argsort(-exact(logits)[0], kind="stable")[:3]
@@ -102,6 +102,7 @@ def test_every_schedule_gives_the_same_token(case, dtype):
         ([1.0, NAN, INFINITY, -NAN], [1, 3], 1.2, 0, 1),
         ([1.0, NAN, 0.5], [1], 1.0, 1, 0),  # a ban is stronger than NaN
         ([2.0, 2.2, 0.0], [1, 1, 1], 1.2, 0, 0),  # punished once, not thrice: 1.83
+        ([0.5, 0.45, 0.0], [0], 1.2, 0, 1),
         ([-1.0, -1.1, -9.0], [0], 1.2, 0, 1),
         ([9.0, 8.0, 7.0], [0, 1, 2, 0, 1], 1.0, 3, 0),
         ([9.0, 8.0, 9.5], [0, 1, 2, 0, 1], 1.0, 3, 0),  # 0 1 2 may not come again
@@ -204,8 +205,11 @@ def test_misuse_is_refused(changes, said):
         logits_argmax(**{**right, **changes})
 
 
-def test_an_empty_history_has_no_room_either():
-    with on_the_host():
+def test_an_empty_history_is_no_input_for_a_kernel():
+    def refuse(**_):
+        raise AssertionError("a kernel was built")
+
+    with _loader.override("metal", refuse):
         found = logits_argmax(
             mx.array([[1.0, 2.0]]), mx.zeros((1, 0), dtype=mx.int32), lengths(0), penalty=1.2, ngram=2
         )
