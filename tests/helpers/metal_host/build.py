@@ -29,8 +29,11 @@ MLX_KERNELS = Path(mx.__file__).parent / "include" / "mlx" / "backend" / "metal"
 MLX_HEADERS = ("bf16.h", "bf16_math.h", "complex.h", "defines.h", "utils.h")
 """What MLX puts before every kernel, in order: utils.h and what it includes, less logging.h, which nothing here uses."""
 
-# Undefined behaviour that ends in an illegal instruction, which the engine reports.
-_SANITIZE = "-fsanitize=alignment,bounds,integer-divide-by-zero,shift,null,return,unreachable"
+# Undefined behaviour that the compiler can watch for; include/metal_host/checks.h turns it into errors.
+_CHECKS = (
+    "-fsanitize=alignment,bounds,integer-divide-by-zero,shift-exponent,null,return,unreachable",
+    "-fno-sanitize-recover=all",
+)
 _FLAGS = (
     "-std=c++20",
     "-fPIC",
@@ -45,8 +48,7 @@ _KERNEL_FLAGS = (
     *_FLAGS,
     "-O2",
     "-g1",
-    _SANITIZE,
-    "-fsanitize-undefined-trap-on-error",
+    *_CHECKS,
     "-ftrivial-auto-var-init=pattern",
     "-Wno-attributes",
     "-Wno-unknown-attributes",
@@ -188,6 +190,8 @@ def kernel_library(translation: Translation, label: str) -> Path:
     if not library.exists():
         source = cache_folder() / f"kernel-{key}.cpp"
         source.write_text(translation.text, encoding="utf-8")
-        command = [str(compiler()), *flags, "-include", str(header), f"-I{INCLUDE}", "-shared", str(source)]
-        _compile(command, library, label)
+        unlinked = library.with_suffix(".o")
+        _compile([str(compiler()), *flags, "-include", str(header), f"-I{INCLUDE}", "-c", str(source)], unlinked, label)
+        # Linked without the flags of the checks: they would ask for the sanitizer's library.
+        _compile([str(compiler()), "-shared", str(unlinked)], library, label)
     return library

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,8 @@ from .errors import LaunchError
 INPUT, OUTPUT, METADATA = 0, 1, 2
 LOCK = threading.Lock()  # the engine runs one launch at a time
 VECTOR_ALIGNMENT = 16
+LIMIT_SECONDS = int(os.environ.get("METAL_HOST_LIMIT_SECONDS", "60"))
+"""Processor time that one launch may take before it counts as endless."""
 
 
 class Region(ctypes.Structure):
@@ -46,6 +49,7 @@ class Launch(ctypes.Structure):
         ("poison", ctypes.c_int32),
         ("whole_threadgroups", ctypes.c_int32),
         ("at_end", ctypes.c_int32),
+        ("limit_seconds", ctypes.c_int32),
         ("vectors", ctypes.c_int32),
     )
 
@@ -190,6 +194,7 @@ def launch(
         poison=schedule.poison,
         whole_threadgroups=schedule.whole_threadgroups,
         at_end=schedule.at_end,
+        limit_seconds=LIMIT_SECONDS,
         vectors=vectors,
     )
     report = Report()

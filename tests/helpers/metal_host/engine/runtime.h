@@ -24,6 +24,7 @@ struct Launch {
   int32_t poison;             // byte that fills threadgroup memory before every threadgroup
   int32_t whole_threadgroups; // CUDA's way: the grid is rounded up, no threadgroup is smaller than the others
   int32_t at_end;             // threadgroup variables end (or begin) at inaccessible memory
+  int32_t limit_seconds;      // of processor time
   int32_t vectors;            // the text uses vector types, so the start of an array is aligned to 16 bytes
 };
 
@@ -38,7 +39,6 @@ struct Report {
 
 constexpr uint32_t MAX_THREADS_PER_THREADGROUP = 1024;
 constexpr uint64_t MAX_THREADGROUP_BYTES = 32768;
-
 
 extern Services services;
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "atomics.h"
+#include "checks.h"
 #include "math.h"
 #include "scalars.h"
 #include "simdgroup.h"
