@@ -100,6 +100,7 @@ def test_every_schedule_gives_the_same_token(case, dtype):
         ([INFINITY, 3e38, INFINITY], [0], 2.0, 0, 0),
         ([1.0, NAN, 3.0], [], 1.0, 0, 1),
         ([1.0, NAN, INFINITY, -NAN], [1, 3], 1.2, 0, 1),
+        ([1.0, -NAN, INFINITY], [], 1.0, 0, 1),
         ([1.0, NAN, 0.5], [1], 1.0, 1, 0),  # a ban is stronger than NaN
         ([2.0, 2.2, 0.0], [1, 1, 1], 1.2, 0, 0),  # punished once, not thrice: 1.83
         ([0.5, 0.45, 0.0], [0], 1.2, 0, 1),
@@ -107,6 +108,7 @@ def test_every_schedule_gives_the_same_token(case, dtype):
         ([9.0, 8.0, 7.0], [0, 1, 2, 0, 1], 1.0, 3, 0),
         ([9.0, 8.0, 9.5], [0, 1, 2, 0, 1], 1.0, 3, 0),  # 0 1 2 may not come again
         ([9.0, 8.0, 9.5], [0, 1, 2, 0, 1], 1.0, 4, 2),
+        ([9.0, 8.0, 7.0], [2, 0, 0], 1.0, 2, 1),  # the last two tokens are an n-gram of the past, too
         ([9.0, 8.0, 9.5], [0, 1], 1.0, 3, 2),  # shorter than an n-gram
     ],
 )
