@@ -79,7 +79,8 @@ def compare(actual: mx.array, plain: mx.array, exact: mx.array) -> str | None:
         return f"{wrong} of {plain.size} values differ" if wrong else None
     got, low, high = (np.array(array.astype(mx.float32)).astype(np.float64) for array in (actual, plain, exact))
     finite = np.isfinite(low)
-    if not np.array_equal(got[~finite], low[~finite], equal_nan=True):
+    same_places = np.array_equal(np.isfinite(got), finite)
+    if not same_places or not np.array_equal(got[~finite], low[~finite], equal_nan=True):
         return "infinities or NaN are not where they should be"
     if not finite.any():
         return None
