@@ -71,6 +71,22 @@ def judge(found: mx.array, plain: mx.array, wanted: np.ndarray) -> None:
     assert error <= 2 * allowed + step, f"error {error:.3g}, the plain operations' {allowed:.3g}, a step {step:.3g}"
 
 
+def rounded_once(found: mx.array, wanted: np.ndarray, noise: np.ndarray) -> None:
+    """Make sure that a kernel computes in float32 and rounds each result a single time, which `judge` may not see.
+
+    Args:
+        found: The kernel's result.
+        wanted: The exact result.
+        noise: What float32 arithmetic may add to the error of each value.
+
+    Raises:
+        AssertionError: If a value is off by more than half a step of the element type and the noise.
+    """
+    allowed = EPSILON[found.dtype] / 2 * np.abs(wanted) + SMALLEST[found.dtype] / 2 + noise
+    excess = np.abs(exact(found) - wanted) / allowed
+    assert excess.max(initial=0) <= 1, f"off by {excess.max():.3g} times what one rounding explains"
+
+
 @contextmanager
 def on_the_host() -> Iterator[None]:
     """Run the Metal text of every kernel on the CPU while the block runs; skip the test where that cannot be."""

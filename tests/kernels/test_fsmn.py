@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from qwen4b_asr.kernels.fsmn import CASES, fsmn, fsmn_kernel, fsmn_reference
 
-from .support import bits, dtypes, exact, judge, lengths, magnitudes, on_the_host, random, seeds, verified
+from .support import bits, dtypes, exact, judge, lengths, magnitudes, on_the_host, random, rounded_once, seeds, verified
 
 # Taps and left context; each is another text to compile, and so is each first column of the values.
 contexts = st.sampled_from([(1, 0), (3, 1), (4, 3), (11, 5)])
@@ -65,6 +65,7 @@ def test_as_exact_as_the_plain_operations(seed, dtype, batch, rows, width, conte
     for shifted_adds in (True, False):
         plain = fsmn_reference(qkv, weight, mask, left=left, offset=offset, shifted_adds=shifted_adds)
         judge(found, plain, wanted)
+    rounded_once(found, wanted, 2.0**-20 * definition(mx.abs(qkv), mx.abs(weight), mask, left, offset))
 
 
 @given(seeds, dtypes, lengths, contexts, st.sampled_from([float("nan"), float("inf"), 3e4]))

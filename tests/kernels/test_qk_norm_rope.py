@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from qwen4b_asr.kernels.qk_norm_rope import CASES, qk_norm_rope, qk_norm_rope_kernel, qk_norm_rope_reference
 
-from .support import bits, dtypes, exact, judge, magnitudes, on_the_host, random, seeds, verified
+from .support import bits, dtypes, exact, judge, magnitudes, on_the_host, random, rounded_once, seeds, verified
 
 EPS, THETA = 1e-6, 1e6
 NAMES = ("q", "k", "q_weight", "k_weight")
@@ -50,7 +50,11 @@ def test_as_exact_as_the_plain_operations(seed, dtype, batch, rows, counts, widt
         mx.eval(found)
     plain = qk_norm_rope_reference(**arrays, eps=EPS, theta=THETA, offset=offset)
     for name, ours, theirs in zip(("q", "k"), found, plain, strict=True):
-        judge(ours, theirs, definition(arrays[name], arrays[f"{name}_weight"], offset))
+        wanted = definition(arrays[name], arrays[f"{name}_weight"], offset)
+        judge(ours, theirs, wanted)
+        # A pair turns by an angle of float32: what one half loses, the other may gain.
+        noise = (2.0**-22 * (offset + rows) + 2.0**-20) * np.hypot(*np.split(wanted, 2, axis=-1))
+        rounded_once(ours, wanted, np.concatenate([noise, noise], axis=-1))
 
 
 @pytest.mark.parametrize("offset", [0, 1000, 40_000, 1_000_003, 2**24 - 2])
@@ -164,5 +168,5 @@ def test_what_the_kernel_does_not_know_goes_the_plain_way():
         mixed = qk_norm_rope(**{**arrays, "k": arrays["k"].astype(mx.float32)}, eps=EPS, theta=THETA)
         plain = qk_norm_rope_reference(**{**arrays, "k": arrays["k"].astype(mx.float32)}, eps=EPS, theta=THETA)
         assert [bits(x) for x in mixed] == [bits(x) for x in plain]
-        none = qk_norm_rope(**{**arrays, "q": mx.zeros((1, 2, 0, 8), dtype=mx.float16)}, eps=EPS, theta=THETA)
-        assert none[0].shape == (1, 0, 2, 8)
+        none = {**arrays, **{name: arrays[name][:0] for name in ("q", "k")}}
+        assert [x.shape for x in qk_norm_rope(**none, eps=EPS, theta=THETA)] == [(0, 2, 2, 8), (0, 1, 2, 8)]
