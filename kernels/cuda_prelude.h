@@ -346,6 +346,9 @@ METAL_FUNC void split_tf32(float x, float (&part)[Count]) {
   }
 }
 
+// Infinity has no smaller parts: their products with the other factor's are left to it alone, as 0 * inf is no number.
+METAL_FUNC float without_infinity(float x) { return fabsf(x) == INFINITY ? 0.0f : x; }
+
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
 
 #ifndef METAL_HAS_MMA_TF32
@@ -386,7 +389,9 @@ METAL_FUNC void simdgroup_multiply_accumulate(
 #pragma unroll
       for (int j = 0; j < b_parts; j++) {
         if (i + j == order) {
-          mma_tf32(sum0, sum1, left0[i], left1[i], right0[j], right1[j]);
+          mma_tf32(
+              sum0, sum1, j ? without_infinity(left0[i]) : left0[i], j ? without_infinity(left1[i]) : left1[i],
+              i ? without_infinity(right0[j]) : right0[j], i ? without_infinity(right1[j]) : right1[j]);
         }
       }
     }
