@@ -1,9 +1,12 @@
-"""Runs the Metal text of kernels on the CPU; see README.md."""
+"""Runs the Metal text of kernels on the CPU, and lints it; see README.md."""
 
+from . import engine_library
 from .build import unavailable
 from .capture import capture
 from .errors import CompileError, LaunchError, MetalHostError, ScheduleError
-from .runner import HostKernel, Statistics, metal_kernel
+from .lint import lint
+from .lint import unavailable as lint_unavailable
+from .runner import HostKernel, Statistics, launches, metal_kernel
 from .verify import SCHEDULES, verify
 
 __all__ = [
@@ -15,6 +18,10 @@ __all__ = [
     "ScheduleError",
     "Statistics",
     "capture",
+    "engine_library",
+    "launches",
+    "lint",
+    "lint_unavailable",
     "metal_kernel",
     "unavailable",
     "verify",

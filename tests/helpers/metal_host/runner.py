@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -56,7 +56,6 @@ class Record:
 class _Settings(threading.local):
     schedule: Schedule = DEFAULT
     records: list[Record] | None = None
-    texts: dict[Any, tuple[Any, bool]] = field(default_factory=dict)
 
 
 _SETTINGS = _Settings()
@@ -73,6 +72,13 @@ def scheduled(schedule: Schedule) -> Iterator[list[Record]]:
         yield records
     finally:
         _SETTINGS.schedule, _SETTINGS.records = before
+
+
+def launches(call: Callable[[], Any]) -> list[Record]:
+    """Call a function once and return the launches it made, each with its Metal text."""
+    with scheduled(DEFAULT) as records:
+        call()
+    return records
 
 
 class HostKernel:

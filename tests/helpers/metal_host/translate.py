@@ -42,7 +42,10 @@ _THREADGROUP = re.compile(r"\bthreadgroup\b")
 _DECLARATOR = re.compile(r"(\w+)\s*((?:\[[^\]]*\]\s*)*)")
 _SIGNATURE = re.compile(r"\[\[kernel\]\]\s+void\s+(\w+)\s*\(")
 _INSTANTIATION = re.compile(r"\ntemplate \[\[host_name\(\"[^\"]*\"\)\]\] \[\[kernel\]\] decltype\((.*)\) .*;\s*$")
-_VECTORS = re.compile(r"\b(?:bool|u?char|u?short|u?int|u?long|half|float|bfloat)[234]\b|\bvec\s*<")
+# Not uint2 and uint3 by themselves: those are positions of threads.
+_VECTORS = re.compile(
+    r"\b(?:(?:bool|u?char|u?short|int|u?long|half|float|bfloat)[234]|uint4)\b|\buint[23]\s*\*|\bvec\s*<"
+)
 
 
 class TranslationError(ValueError):
