@@ -35,6 +35,18 @@ __import__(__package__)
 """
 
 RUNS = {
+    "kernels.fsmn": """
+import mlx.core as mx
+from .kernels import _loader, fsmn
+def factory(**options):
+    print(options["name"], options["input_names"], len(options["header"]), len(options["source"]))
+    return lambda **call: [mx.zeros(shape) for shape in call["output_shapes"]]
+arguments = fsmn.CASES[0].arguments("float32")
+for backend in ("metal", "cuda"):
+    with _loader.override(backend, factory):
+        fsmn.fsmn(**arguments)
+print(fsmn.OPERATION.sources[0].contract.vjp, (fsmn.fsmn(**arguments) ** 2).sum().item())
+""",
     "features": """
 import mlx.core as mx
 from .features import Frontend, FrontendConfig
@@ -116,7 +128,7 @@ finally:
     path.parent.rmdir()
 """,
 }
-MLX_ONLY = {"features", "encoder", "adaptor", "prompt", "decoder cache", "sampling", "generate"}
+MLX_ONLY = {"kernels.fsmn", "features", "encoder", "adaptor", "prompt", "decoder cache", "sampling", "generate"}
 # What a needed package brings along.
 BROUGHT = {"soundfile": ["_soundfile", "_soundfile_data", "cffi", "_cffi_backend", "pycparser", "typing_extensions"]}
 

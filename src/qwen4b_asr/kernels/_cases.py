@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 
 from ._contract import DTYPES
 
@@ -17,6 +16,43 @@ them; ``test`` cases are for the tests alone; ``bench`` cases have the sizes of 
 
 Arguments = dict[str, Any]
 """Keyword arguments of an operation."""
+
+
+class Generator:
+    """Random numbers by NumPy's names, from MLX: a stage that is copied elsewhere should need nothing more.
+
+    They are made on the CPU, the same on every machine, and leave `mx.random`'s own state alone.
+
+    Args:
+        seed: Which numbers.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._key = mx.random.key(seed)
+
+    def standard_normal(self, shape: int | Sequence[int]) -> mx.array:
+        """Draw from the normal distribution, as float32."""
+        return mx.random.normal(_axes(shape), key=self._next(), stream=mx.cpu)
+
+    def uniform(self, low: float, high: float, shape: int | Sequence[int]) -> mx.array:
+        """Draw evenly from `low` to `high`, as float32."""
+        return mx.random.uniform(low, high, _axes(shape), key=self._next(), stream=mx.cpu)
+
+    def integers(self, low: int, high: int, shape: int | Sequence[int]) -> mx.array:
+        """Draw from `low` to `high` - 1, as int32."""
+        return mx.random.randint(low, high, _axes(shape), key=self._next(), stream=mx.cpu)
+
+    def choice(self, values: mx.array, shape: int | Sequence[int]) -> mx.array:
+        """Draw from `values` (N,), with repetition."""
+        return values[self.integers(0, values.size, shape)]
+
+    def _next(self) -> mx.array:
+        self._key, key = mx.random.split(self._key, stream=mx.cpu)
+        return key
+
+
+def _axes(shape: int | Sequence[int]) -> list[int]:
+    return [shape] if isinstance(shape, int) else list(shape)
 
 
 @dataclass(frozen=True)
@@ -33,7 +69,7 @@ class Case:
     """
 
     name: str
-    make: Callable[[np.random.Generator, mx.Dtype], Arguments]
+    make: Callable[[Generator, mx.Dtype], Arguments]
     dtypes: tuple[str, ...] = ("float32", "float16", "bfloat16")
     roles: frozenset[str] = field(default_factory=lambda: frozenset({"check", "test"}))
     bytes: Callable[[Arguments], int] | None = None
@@ -54,4 +90,4 @@ class Case:
         """
         if dtype not in self.dtypes:
             raise ValueError(f"[Case] dtype of {self.name} must be one of {self.dtypes} but got {dtype}")
-        return self.make(np.random.default_rng(seed), DTYPES[dtype])
+        return self.make(Generator(seed), DTYPES[dtype])

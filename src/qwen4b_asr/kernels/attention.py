@@ -7,16 +7,13 @@ Shapes: B batch, H query heads, G key heads, I queries, J keys, E head width.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mlx.core as mx
 
-from ._cases import Case
+from ._cases import Case, Generator
 from ._dispatch import Operation
 from ._loader import Kernel
-
-if TYPE_CHECKING:
-    from numpy.random import Generator
 
 # Views of a packed projection and slices of a cache are read in place.
 _KERNEL = Kernel("attention.metal", ensure_row_contiguous=False)

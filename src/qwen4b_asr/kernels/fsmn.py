@@ -7,16 +7,13 @@ Shapes: B batch, L rows, S columns of the packed projection, D width, K taps.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mlx.core as mx
 
-from ._cases import Case
+from ._cases import Case, Generator
 from ._dispatch import Operation
 from ._loader import Kernel
-
-if TYPE_CHECKING:
-    from numpy.random import Generator
 
 _KERNEL = Kernel("fsmn.metal")
 _DTYPES = (mx.float32, mx.float16, mx.bfloat16)

@@ -8,16 +8,13 @@ Shapes: B batch, S positions, H query heads, G key heads, E head width.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mlx.core as mx
 
-from ._cases import Case
+from ._cases import Case, Generator
 from ._dispatch import Operation
 from ._loader import Kernel
-
-if TYPE_CHECKING:
-    from numpy.random import Generator
 
 _KERNEL = Kernel("qk_norm_rope.metal")
 _DTYPES = (mx.float32, mx.float16, mx.bfloat16)
