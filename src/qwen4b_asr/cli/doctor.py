@@ -236,12 +236,16 @@ def _look_at_model(place: str) -> tuple[str, str | None, str]:
     try:
         path = find_model(place)
     except (AsrError, FileNotFoundError) as error:
-        return place, _line(error).removesuffix(" What you can do:"), "give the directory that `qwen4b-asr convert` wrote"
+        return (
+            place,
+            _line(error).removesuffix(" What you can do:"),
+            "give the directory that `qwen4b-asr convert` wrote",
+        )
     try:
         from ..config import ModelConfig
 
         ModelConfig.load(path)
-        missing = [name for name in ("tokenizer.json", "checksums.json") if not (path / name).is_file()]
+        missing = [] if (path / "tokenizer.json").is_file() else ["tokenizer.json"]
         missing += [] if any(path.glob("*.safetensors")) else ["*.safetensors"]
     except Exception as error:  # MLX itself may be what is broken
         return str(path), _line(error), f"qwen4b-asr verify {path}"
