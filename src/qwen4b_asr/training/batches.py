@@ -72,7 +72,7 @@ class MixConfig:
         singles: Share of the joined strings that are one word.
     """
 
-    synthetic_english: float = 0.20
+    synthetic_english: float = 0.16
     connected_english: float = 0.12
     synthetic_mandarin: float = 0.08
     connected_mandarin: float = 0.12

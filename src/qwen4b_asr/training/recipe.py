@@ -64,9 +64,9 @@ class Recipe:
 
     seed: int = 1
     phases: tuple[Phase, ...] = (
-        Phase("ctc", 3600, 1.6e-3, 200),
+        Phase("ctc", 4000, 1.6e-3, 200),
         Phase("align", 300, 1.5e-3, 50),
-        Phase("text", 2000, 8e-4, 150),
+        Phase("text", 2400, 8e-4, 150),
     )
     batch_size: int = 32
     weight_decay: float = 0.02
@@ -74,7 +74,7 @@ class Recipe:
     average: float = 0.998
     ctc_weight: float = 0.3
     temperature: float = 0.1
-    english_voices: int = 480
+    english_voices: int = 300
     mandarin_voices: int = 160
     recorded_speeds: int = 5
     synthetic_speeds: int = 2

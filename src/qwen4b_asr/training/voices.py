@@ -35,18 +35,6 @@ _ACCENTS = (
     "en-029",
     "en-us-nyc",
 )
-# English digits as speakers of other languages say them: zero to nine, spelled for the voice of that language.
-_FOREIGN = {
-    "fr": "ziro ouane tou tri faure faïve sixe sévène éïte naïne",
-    "fr-be": "zéro ouanne tou sri fore faïf siks sèveune èïte naïne",
-    "de": "siro wann tuh sri fohr faif sicks sewen ejt nain",
-    "es": "siro uan tu sri for faiv siks seven eit nain",
-    "it": "ziro uan tu tri for faiv sics seven eit nain",
-    "nl": "ziero wan toe srie foor fajf siks sevven eet najn",
-    "pt": "ziro uan tu tri for faive sikes séven eite naine",
-    "pl": "ziro łan tu fri for fajw siks sewen ejt najn",
-}
-_FOREIGN_SHARE = 0.4
 # `cmn` reads 三一 as "san one"; the voice with Latin letters as pinyin reads every character.
 _MANDARIN_VOICE = "cmn-latn-pinyin"
 _VARIANT_NAMES = (
@@ -108,8 +96,7 @@ def script(seed: int, english_voices: int, mandarin_voices: int, *, held_out: bo
         lines.extend(Line(w, name, engine, voice, pitch, pace(), i) for i, w in enumerate(words))
 
     for number in range(english_voices):
-        accent = draw.choice(tuple(_FOREIGN) if draw.random() < _FOREIGN_SHARE else _ACCENTS)
-        voice = f"{accent}+{variants[number % len(variants)]}"
+        voice = f"{draw.choice(_ACCENTS)}+{variants[number % len(variants)]}"
         words = [(w,) for w in ENGLISH] + [english_string(draw, draw.randint(2, 7)) for _ in range(6)]
         add(f"espeak-en-{number}", "espeak-ng", voice, draw.randint(15, 90), lambda: draw.randint(100, 210), words)
     for number in range(mandarin_voices):
@@ -134,7 +121,7 @@ def speak(line: Line) -> Recording:
     import soundfile
     import soxr
 
-    text = _spelled(line)
+    text = " ".join(line.words) if line.words[0] in ENGLISH else "".join(line.words)
     if line.engine == "espeak-ng":
         options = ["-v", line.voice, "-p", str(line.pitch), "-s", str(line.pace), "--stdout", text]
     else:
@@ -157,15 +144,6 @@ def speak(line: Line) -> Recording:
     if not np.abs(mono).max(initial=0.0) > 1e-3:
         raise TrainingDataError(f"{line.engine} said nothing for {text!r} as {line.voice}")
     return Recording(line.words, line.speaker, line.take, mono.astype(np.float32), RATE)
-
-
-def _spelled(line: Line) -> str:
-    """Return what the engine is given to read."""
-    if line.words[0] not in ENGLISH:
-        return "".join(line.words)
-    foreign = _FOREIGN.get(line.voice.partition("+")[0])
-    digits = foreign.split() if foreign else ENGLISH
-    return " ".join(digits[ENGLISH.index(word)] for word in line.words)
 
 
 def _with_sizes(wav: bytes) -> bytes:
