@@ -19,7 +19,7 @@ class Mutant:
         old: Text of the correct source; must occur in it.
         new: What stands there instead.
         killed_by: ``compile`` (the host's compiler refuses it), ``launch`` (it did something undefined), ``schedule``
-            (runs differ), ``numbers`` (the result is wrong) or ``lint`` (clang refuses it, and nothing else can see it).
+            (runs differ), ``numbers`` (the result is wrong) or ``lint`` (clang refuses what all others let pass).
         says: Part of the message.
         dtype: Element type of the run.
     """

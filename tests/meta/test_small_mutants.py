@@ -106,8 +106,7 @@ DEPTHWISE_MUTANTS = (
            "is never written"),
     Mutant("missing cast", "static_cast<T>(mask[item * rows + t] ? sum : 0.0f)", "mask[item * rows + t] ? sum : 0.0f",
            "compile", dtype="bfloat16"),
-    Mutant("rounded too early", "sum += static_cast<float>(w[c * TAPS + k])",
-           "sum += static_cast<float>(static_cast<half>(0.001f) * w[c * TAPS + k]) * 1000.0f", "numbers"),
+    Mutant("taps of the neighbour", "w[c * TAPS + k]", "w[(c ^ 1) * TAPS + k]", "numbers"),
 )  # fmt: skip
 
 PLANTED = [

@@ -21,7 +21,7 @@ PLAIN = NAMES[1:]
 """What MLX gives without a kernel of ours."""
 
 IS_REFERENCE = "the reference is MLX's own fused operation"
-NO_GPU = "no GPU: kernels run on Metal and CUDA only"
+NO_GPU = "no GPU in use: kernels run on Metal and CUDA only"
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ INCLUDE = HERE / "include"
 MLX_KERNELS = Path(mx.__file__).parent / "include" / "mlx" / "backend" / "metal" / "kernels"
 """MLX's own Metal headers, which its wheels carry."""
 MLX_HEADERS = ("bf16.h", "bf16_math.h", "complex.h", "defines.h", "utils.h")
-"""What MLX puts before every kernel, in order: utils.h and what it includes, less logging.h, which nothing here uses."""
+"""What MLX puts before every kernel, in order: utils.h and what it includes, less logging.h, which nobody uses here."""
 
 # Undefined behaviour that the compiler can watch for; include/metal_host/checks.h turns it into errors.
 _CHECKS = (
@@ -43,7 +43,7 @@ _FLAGS = (
     "-fno-strict-aliasing",
     "-fno-math-errno",
 )
-# Unknown attributes and pragmas are Metal's or Apple's. Local variables start out as a pattern that is no plausible value.
+# Unknown attributes and pragmas are Metal's or Apple's. Local variables start out as a pattern that no kernel expects.
 _KERNEL_FLAGS = (
     *_FLAGS,
     "-O2",
@@ -128,7 +128,7 @@ def _compile(command: list[str], product: Path, label: str) -> None:
 
 def _essence(messages: str) -> str:
     """The errors of a compiler's output, each with the lines that show it."""
-    lines = messages.splitlines()
+    lines = [line for line in messages.splitlines() if "unrecognized command-line option" not in line]
     kept: list[str] = []
     for number, line in enumerate(lines):
         if re.search(r"\b(?:fatal )?error: ", line):
