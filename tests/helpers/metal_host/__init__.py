@@ -2,7 +2,7 @@
 
 from . import engine_library
 from .build import unavailable
-from .capture import capture
+from .capture import Recorder, capture
 from .errors import CompileError, LaunchError, MetalHostError, ScheduleError
 from .lint import lint
 from .lint import unavailable as lint_unavailable
@@ -15,6 +15,7 @@ __all__ = [
     "HostKernel",
     "LaunchError",
     "MetalHostError",
+    "Recorder",
     "ScheduleError",
     "Statistics",
     "capture",
