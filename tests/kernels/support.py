@@ -7,6 +7,7 @@ another.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -16,8 +17,11 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from qwen4b_asr.kernels import _loader
+from qwen4b_asr.kernels import _loader, use
 from tests.helpers import metal_host
+
+ON_GPU = os.environ.get("KERNEL_TESTS") == "gpu"
+"""Whether these tests use the machine's GPU in place of the host runner."""
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 EPSILON = {mx.float32: 2.0**-23, mx.float16: 2.0**-10, mx.bfloat16: 2.0**-7}
@@ -89,7 +93,16 @@ def rounded_once(found: mx.array, wanted: np.ndarray, noise: np.ndarray) -> None
 
 @contextmanager
 def on_the_host() -> Iterator[None]:
-    """Run the Metal text of every kernel on the CPU while the block runs; skip the test where that cannot be."""
+    """Run the Metal text of every kernel on the CPU while the block runs; skip the test where that cannot be.
+
+    With ``KERNEL_TESTS=gpu`` in the environment the kernels run on the machine's own GPU instead.
+    """
+    if ON_GPU:
+        if _loader.backend() is None:
+            pytest.skip("KERNEL_TESTS=gpu needs an Apple or NVIDIA GPU")
+        with use("on"):
+            yield
+        return
     if reason := metal_host.unavailable():
         pytest.skip(reason)
     with _loader.override("metal", metal_host.metal_kernel):
@@ -97,6 +110,11 @@ def on_the_host() -> Iterator[None]:
 
 
 def verified(kernel: Callable[[], Any]) -> Any:
-    """Run a kernel under every schedule and poison of the host runner; all must agree to the bit."""
+    """Run a kernel under every schedule and poison of the host runner, or twice on a GPU; all must agree to the bit."""
     with on_the_host():
-        return metal_host.verify(kernel)
+        if not ON_GPU:
+            return metal_host.verify(kernel)
+        first, second = kernel(), kernel()
+        for one, other in zip(*([x] if isinstance(x, mx.array) else x for x in (first, second)), strict=True):
+            assert bits(one) == bits(other), "two runs differ"
+        return first

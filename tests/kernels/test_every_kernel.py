@@ -35,14 +35,14 @@ def test_the_gpu_computes_what_the_plain_operations_do(name):
     operation = operations()[name]
     wrong = []
     for case in operation.cases:
-        for dtype in case.dtypes if case.roles & {"check", "test"} else ():
+        for dtype in case.dtypes if "check" in case.roles else ():
             arguments = case.arguments(dtype)
             wide = {key: value.astype(mx.float32) if _is_float(value) else value for key, value in arguments.items()}
             actual = _as_list(operation.kernel(**arguments))
             plain, exact = (_as_list(operation.reference(**given)) for given in (arguments, wide))
             found = [compare(*trio) for trio in zip(actual, plain, exact, strict=True)]
             wrong += [f"{case.name}, {dtype}: {message}" for message in found if message]
-    assert wrong == []
+    assert wrong == [], wrong
 
 
 def _is_float(value):
