@@ -1,6 +1,7 @@
 """Settings for every test: exact float32 matrix products, a fast BLAS on Linux, hypothesis profiles."""
 
 import os
+import sys
 from importlib.metadata import version
 
 import pytest
@@ -32,6 +33,11 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Show them at the end of a quiet run, which has no head."""
+    """Show them at the end of a quiet run, which has no head; and which of the kernels' checks took place."""
     if terminalreporter.verbosity < 0:
         terminalreporter.write_line(_conditions())
+    if "tests.helpers.metal_host" in sys.modules:  # a test of kernels was collected
+        from tests.helpers.kernel_checks import report
+
+        for line in report():
+            terminalreporter.write_line(line)

@@ -78,6 +78,11 @@ def _buffer(parameter: str, arrays: dict[str, np.ndarray]) -> np.ndarray:
     return numbers
 
 
+def texts_run() -> int:
+    """How many texts have been compiled to be run in this process."""
+    return _entry.cache_info().currsize
+
+
 @functools.cache
 def _entry(text: Text) -> Any:
     """Compile a text and return ``entry(buffers, grid, threadgroup)``."""

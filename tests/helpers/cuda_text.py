@@ -20,6 +20,9 @@ from typing import Any
 
 import mlx.core as mx
 
+COMPILED: set[Text] = set()
+"""The launches that a CUDA compiler has read in this process."""
+
 NEEDS = "a CUDA toolkit: nvcc, or libnvrtc with the toolkit's headers"
 
 TYPES = {
@@ -159,24 +162,31 @@ def compiler() -> str | None:
     return "nvcc" if shutil.which("nvcc") and toolkit() else None
 
 
-def compile_texts(texts: Iterable[Text], architectures: Sequence[str] = ("80", "90")) -> str:
+def compile_texts(
+    texts: Iterable[Text], architectures: Sequence[str] = ("80", "90"), *, machine_code: bool = True
+) -> str:
     """Compile launches for some GPUs.
 
     Args:
         texts: The launches.
         architectures: Compute capabilities without their dot.
+        machine_code: Go on to the GPU's own code, which can take minutes for what is unrolled far; otherwise stop at
+            PTX, when all that is written has been read and checked.
 
     Returns:
         What the compiler said; empty if it was content. The first line of a failure begins with ``error``.
     """
+    texts = list(texts)
     source = whole_text(texts)
+    COMPILED.update(texts)
+    kind = "sm" if machine_code else "compute"
     if compiler() == "NVRTC":
-        logs = [_run_nvrtc(source, architecture) for architecture in architectures]
+        logs = [_run_nvrtc(source, f"{kind}_{architecture}") for architecture in architectures]
         return next((log for log in logs if log), "")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernels.cu")
         path.write_text(source, encoding="utf-8")
-        targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
+        targets = [f"-gencode=arch=compute_{a},code={kind}_{a}" for a in architectures]
         command = ["nvcc", "-std=c++17", "--fatbin", *targets, str(path), "-o", str(Path(folder, "kernels.fatbin"))]
         run = subprocess.run(command, capture_output=True, text=True)
     return "" if run.returncode == 0 else f"error from nvcc:\n{run.stderr}{run.stdout}"
@@ -188,7 +198,7 @@ def _run_nvrtc(source: str, architecture: str) -> str:
     include = toolkit()
     program = ctypes.c_void_p()
     library.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernels.cu", 0, None, None)
-    words = [f"--gpu-architecture=sm_{architecture}", f"--include-path={include}", f"--include-path={include}/cccl"]
+    words = [f"--gpu-architecture={architecture}", f"--include-path={include}", f"--include-path={include}/cccl"]
     options = (ctypes.c_char_p * len(words))(*(word.encode() for word in words))
     status = library.nvrtcCompileProgram(program, len(words), options)
     size = ctypes.c_size_t()

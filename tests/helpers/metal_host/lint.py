@@ -57,6 +57,9 @@ _DIAGNOSIS = re.compile(r"^([^:\n]+):(\d+):(?:\d+:)? (?:fatal )?error: (.*)$", r
 _VECTOR_CALL = re.compile(
     r"\b(?:(?:char|uchar|short|ushort|int|uint|long|ulong|half|float|bfloat)[234]|vec\s*<[^<>()]*>)\s*(?=\()"
 )
+LINTED: set[str] = set()
+"""The texts that clang has read in this process."""
+
 _INSTANTIATION = re.compile(r"\btemplate \[\[host_name\([^)]*\)\]\] \[\[kernel\]\]")
 
 
@@ -140,6 +143,7 @@ def lint(text: str) -> list[str]:
         prepared = prepare(text)
     except TranslationError as error:
         return [*found, str(error)]
+    LINTED.add(text)
     command = [str(clang()), *_FLAGS, f"-I{_INCLUDE}", "-"]
     run = subprocess.run(command, input=prepared, capture_output=True, text=True)
     messages = [

@@ -59,7 +59,8 @@ class _Settings(threading.local):
 
 
 _SETTINGS = _Settings()
-_BUILT: dict[Any, tuple[Any, bool, str]] = {}
+BUILT: dict[Any, tuple[Any, bool, str]] = {}
+"""What has been built in this process, by form of launch: entry point, whether it uses vectors, Metal text."""
 
 
 @contextmanager
@@ -168,15 +169,15 @@ class HostKernel:
     def _build(self, inputs: list[mx.array], call: dict[str, Any]) -> tuple[Any, bool]:
         """Return the entry point for such a call and whether the text uses vectors."""
         form = (self._identity, text_form(inputs), tuple(call["output_dtypes"]), repr(call["template"]))
-        if len(inputs) != len(self.parameters["input_names"]) or form not in _BUILT:
+        if len(inputs) != len(self.parameters["input_names"]) or form not in BUILT:
             text = capture(self._kernel, inputs, **call)
             try:
                 translation = translate(text)
             except TranslationError as error:
                 raise CompileError(f"[{self.parameters['name']}] {error}") from error
             entry = kernel_entry(kernel_library(translation, self.parameters["name"]))
-            _BUILT[form] = (entry, translation.uses_vectors, text)
-        entry, vectors, self.text = _BUILT[form]
+            BUILT[form] = (entry, translation.uses_vectors, text)
+        entry, vectors, self.text = BUILT[form]
         return entry, vectors
 
 
