@@ -22,5 +22,5 @@ def report() -> list[str]:
 
 def _line(check: str, texts: int, tool: str | None, lack: str | None) -> str:
     if texts:
-        return f"kernels · {check}: {texts} texts, by {tool}"
+        return f"kernels · {check}: {texts} {'text' if texts == 1 else 'texts'}, by {tool}"
     return f"kernels · {check}: none ({lack or 'no such test was chosen'})"

@@ -80,9 +80,12 @@ def test_the_floor_is_what_takes_longer():
     assert ROOF.floor(None, 10**9, "float32") == roofline.Floor(0.1, "flops")
     assert ROOF.floor(10**6, 10**9, "bfloat16") == roofline.Floor(1e-3, "bytes")  # its products were not measured
     assert ROOF.floor(None, None, "float32") is None
+    slow_halves = roofline.Roofline(1e9, {"float32": 1e10, "float16": 1e9, "bfloat16": 4e10})
+    assert slow_halves.floor(None, 10**9, "float16").seconds == 0.1
+    assert slow_halves.floor(None, 10**9, "bfloat16").seconds == 0.025
 
 
-def test_the_roofline_is_measured_for_the_types_asked_for(monkeypatch):
+def test_the_roofline_is_measured_for_float32_and_the_types_asked_for(monkeypatch):
     asked: list[tuple[mx.Dtype, int]] = []
 
     def best(function, *arrays):
@@ -93,7 +96,7 @@ def test_the_roofline_is_measured_for_the_types_asked_for(monkeypatch):
     monkeypatch.setattr(roofline, "COPY_MIB", {"cpu": 1})
     monkeypatch.setattr(roofline, "OTHER_SQUARE", {"cpu": 16})
     monkeypatch.setattr(roofline, "SQUARE", {"cpu": {"float32": 32}})
-    found = roofline.measure_roofline("cpu", ["float32", "bfloat16"])
+    found = roofline.measure_roofline("cpu", ["bfloat16"])
     assert found.bytes_per_second == 2 * 2**20 / 2.0  # read and written
     assert found.flops_per_second == {"float32": 2 * 32**3 / 2.0, "bfloat16": 2 * 16**3 / 2.0}
     assert asked == [(mx.float32, 2**18), (mx.float32, 32 * 32), (mx.bfloat16, 16 * 16)]

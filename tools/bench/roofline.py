@@ -36,7 +36,8 @@ class Roofline:
 
     Attributes:
         bytes_per_second: Read plus written, by a copy that is far larger than the caches.
-        flops_per_second: Of a large matrix product, by name of the element type.
+        flops_per_second: Of a large matrix product, by name of the element type. A type whose own products are slower
+            than float32's is held to those: whoever wants the result may widen first, as MLX itself does at times.
     """
 
     bytes_per_second: float
@@ -53,8 +54,9 @@ class Roofline:
         floors = []
         if moved:
             floors.append(Floor(moved / self.bytes_per_second, "bytes"))
-        if flops and self.flops_per_second.get(dtype):
-            floors.append(Floor(flops / self.flops_per_second[dtype], "flops"))
+        if flops and (own := self.flops_per_second.get(dtype)):
+            fastest = max(own, self.flops_per_second.get("float32", 0.0))
+            floors.append(Floor(flops / fastest, "flops"))
         return max(floors, key=lambda floor: floor.seconds, default=None)
 
 
@@ -69,7 +71,7 @@ def measure_roofline(device: str, dtypes: Sequence[str]) -> Roofline:
     source = mx.random.normal((elements,))
     copy = _best(mx.negative, source)  # a plain copy would share the buffer
     products = {}
-    for dtype in dtypes:
+    for dtype in dict.fromkeys(("float32", *dtypes)):
         size = SQUARE[device].get(dtype, OTHER_SQUARE[device])
         a, b = (mx.random.normal((size, size)).astype(getattr(mx, dtype)) for _ in range(2))
         products[dtype] = 2 * size**3 / _best(mx.matmul, a, b)
