@@ -1,8 +1,11 @@
 """SenseVoiceSmall's encoder: self-attention with a memory block (SANM), four query frames, a CTC head.
 
+Fun-ASR-Nano has the same layers with neither query frames nor this head: ``num_queries=0, vocab_size=0``.
+
 Source of the maths: FunASR's ``funasr/models/sense_voice/model.py`` (``SenseVoiceEncoderSmall``) and
 "SAN-M: Memory Equipped Self-Attention for End-to-End Speech Recognition" (Gao et al., 2020).
-Shapes: B batch, L feature rows, F feature width, R = L + 4 rows, D encoder width, K memory taps, V symbols.
+Shapes: B batch, L feature rows, F feature width, R = L + 4 rows (L without queries), D encoder width, K memory taps,
+V symbols.
 Module attributes carry the checkpoint's names.
 """
 
@@ -39,7 +42,7 @@ class EncoderConfig:
         tp_blocks: Layers between ``after_norm`` and ``tp_norm``.
         kernel_size: Taps K of the memory block.
         sanm_shift: Frames by which the memory block looks further back than ahead.
-        num_queries: Rows of the query embedding table.
+        num_queries: Rows of the query embedding table; 0 leaves table and query frames out.
         vocab_size: Symbols V of the CTC head; 0 leaves the head out.
         blank_id: CTC blank.
         norm_eps: Epsilon of the layer norms.
@@ -78,15 +81,20 @@ class EncoderConfig:
             raise ValueError(
                 f"[EncoderConfig] sanm_shift must keep the memory inside its kernel but got {self.sanm_shift}"
             )
-        if self.num_queries <= WITHOUT_ITN_QUERY:
+        if self.num_queries and self.num_queries <= WITHOUT_ITN_QUERY:
             raise ValueError(
-                f"[EncoderConfig] num_queries must be at least {WITHOUT_ITN_QUERY + 1} but got {self.num_queries}"
+                f"[EncoderConfig] num_queries must be 0 or at least {WITHOUT_ITN_QUERY + 1} but got {self.num_queries}"
             )
 
     @property
     def left_context(self) -> int:
         """Rows that the memory block sees before the current one."""
         return (self.kernel_size - 1) // 2 + max(self.sanm_shift, 0)
+
+    @property
+    def query_frames(self) -> int:
+        """Rows that the encoder puts before the features'."""
+        return NUM_QUERY_FRAMES if self.num_queries else 0
 
 
 def sinusoidal_positions(length: int, depth: int) -> mx.array:
@@ -199,7 +207,7 @@ class CtcHead(nn.Module):
 
 
 class SenseVoiceEncoder(nn.Module):
-    """Query frames, SANM layers and CTC head of SenseVoiceSmall.
+    """Query frames, SANM layers and CTC head of SenseVoiceSmall, or the layers alone.
 
     Args:
         config: Sizes.
@@ -208,7 +216,8 @@ class SenseVoiceEncoder(nn.Module):
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed = nn.Embedding(config.num_queries, config.input_size)
+        if config.num_queries:
+            self.embed = nn.Embedding(config.num_queries, config.input_size)
         self.encoder = SanmEncoder(config)
         if config.vocab_size:
             self.ctc = CtcHead(config.output_size, config.vocab_size)
@@ -226,11 +235,12 @@ class SenseVoiceEncoder(nn.Module):
         Args:
             features: (B, L, F), normalised.
             mask: (B, L), bool, True on real rows; None when there is no padding. Real rows come first.
-            language: Language query, one for all or one per utterance: auto, zh, en, yue, ja, ko, nospeech.
+            language: Language query, one for all or one per utterance: auto, zh, en, yue, ja, ko, nospeech. Without
+                query frames it has no effect, and neither has `use_itn`: such a model is asked in its prompt.
             use_itn: Ask for inverse text normalisation (digits, punctuation).
 
         Returns:
-            Audio states (B, L + 4, D), the four query frames first, and their mask (B, L + 4).
+            Audio states (B, R, D), the query frames first, and their mask (B, R).
 
         Raises:
             ValueError: On a misshapen input or an unknown language.
@@ -240,9 +250,10 @@ class SenseVoiceEncoder(nn.Module):
             raise ValueError(f"[SenseVoiceEncoder] features must be {self.config.input_size} wide but got {width}")
         if mask is None:
             mask = mx.ones((batch, rows), dtype=mx.bool_)
-        dtype = self.embed.weight.dtype
-        x = mx.concatenate([self.embed(self._queries(batch, language, use_itn)), features.astype(dtype)], axis=1)
-        mask = mx.concatenate([mx.ones((batch, NUM_QUERY_FRAMES), dtype=mx.bool_), mask], axis=1)
+        x = features.astype(self.encoder.after_norm.weight.dtype)
+        if self.config.query_frames:
+            x = mx.concatenate([self.embed(self._queries(batch, language, use_itn)), x], axis=1)
+            mask = mx.concatenate([mx.ones((batch, NUM_QUERY_FRAMES), dtype=mx.bool_), mask], axis=1)
         return self.encoder(x, mask), mask
 
     def ctc_logits(self, audio_states: mx.array) -> mx.array:

@@ -21,8 +21,8 @@ TORCH_ROOM = "tools/golden/"
 # A name stands for a module or for a package with all that is in it; the longest match counts.
 ROOMS = [
     ("ground", ["errors", "version", "_blas", "kernels"]),
-    ("helpers", ["cache", "sampling", "tokenizer", "segment"]),
-    ("stages", ["audio", "features", "encoder", "adaptor", "prompt", "decoder", "text"]),
+    ("helpers", ["cache", "sampling", "tokenizer", "segment", "lora", "quantization"]),
+    ("stages", ["audio", "features", "encoder", "adaptor", "prompt", "decoder", "text", "nano_adaptor", "nano_prompt"]),
     ("readers", ["config", "weights"]),
     ("composers", ["model", "generate", "transcript"]),
     ("checkpoints", [f"weights.{name}" for name in ("directory", "load", "parts", "convert", "verify")]),
