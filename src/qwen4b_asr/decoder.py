@@ -16,6 +16,8 @@ import mlx.nn as nn
 
 from .kernels.attention import attention
 from .kernels.qk_norm_rope import qk_norm_rope
+from .lora import LoraConfig, build_lora
+from .quantization import Quantization, quantize_modules
 
 
 class LayerCache(Protocol):
@@ -30,7 +32,11 @@ class LayerCache(Protocol):
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """Sizes of the decoder under their Hugging Face names; the defaults are Qwen3-4B's."""
+    """Sizes of the decoder under their Hugging Face names; the defaults are Qwen3-4B's.
+
+    Beside them, `quantization` says which matrices are stored in groups, and `lora` which layers have an adapter
+    of their own in the checkpoint.
+    """
 
     vocab_size: int = 151936
     hidden_size: int = 2560
@@ -43,8 +49,13 @@ class DecoderConfig:
     rope_theta: float = 1_000_000.0
     max_position_embeddings: int = 40960
     tie_word_embeddings: bool = True
+    quantization: Quantization | None = None
+    lora: LoraConfig | None = None
 
     def __post_init__(self) -> None:
+        for name, kind in (("quantization", Quantization), ("lora", LoraConfig)):
+            if isinstance(value := getattr(self, name), Mapping):  # from JSON
+                object.__setattr__(self, name, kind(**value))
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"[DecoderConfig] {name} must be at least 1 but got {getattr(self, name)}")
@@ -79,7 +90,11 @@ class DecoderConfig:
         for name, wanted in (("hidden_act", "silu"), ("attention_bias", False), ("use_sliding_window", False)):
             if config.get(name, wanted) != wanted:
                 raise ValueError(f"[DecoderConfig] {name} must be {wanted!r} but got {config[name]!r}")
-        values = {name: config[name] for name in cls.__dataclass_fields__ if name in config}
+        apart = ("quantization", "lora")
+        values = {name: config[name] for name in cls.__dataclass_fields__ if name in config and name not in apart}
+        quantization = config.get("quantization") or config.get("quantization_config")
+        if quantization:  # MLX writes its settings under both names; others write theirs under the second
+            values["quantization"] = Quantization.from_mlx(quantization)
         if "rope_theta" in rope:  # transformers 5 moved it there
             values.setdefault("rope_theta", rope["rope_theta"])
         if "head_dim" not in values and {"hidden_size", "num_attention_heads"} <= values.keys():
@@ -181,6 +196,10 @@ class Qwen3(nn.Module):
         self.model = Qwen3Model(config)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.quantization is not None:
+            quantize_modules(self, config.quantization)
+        if config.lora is not None:
+            build_lora(self, config.lora)
 
     def embed(self, token_ids: mx.array) -> mx.array:
         """Look up token ids (..., S); returns (..., S, H)."""
