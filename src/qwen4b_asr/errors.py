@@ -27,5 +27,9 @@ class ModelNotFoundError(AsrError):
     """No model has the given name or path."""
 
 
+class DownloadError(AsrError):
+    """The hub could not be reached, refused what was asked of it, or sent something damaged; or the disk is full."""
+
+
 class PromptError(AsrError):
     """The prompt profile, language or text cannot be used with this model."""
