@@ -84,7 +84,7 @@ def serving(repos: dict[str, dict[str, bytes]]) -> Iterator[FakeHub]:
     """Run a hub with the given repositories on a free port of this machine until the block ends."""
     hub = FakeHub(repos=repos)
     handler = type("Handler", (_Handler,), {"hub": hub})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server = _Server(("127.0.0.1", 0), handler)
     server.daemon_threads = True
     hub.address = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=lambda: server.serve_forever(poll_interval=0.01), daemon=True)
@@ -103,6 +103,11 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request: object, client_address: object) -> None:
+        pass  # clients are killed on purpose
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -11,7 +11,7 @@ from types import ModuleType
 from ..errors import AsrError, PromptError
 from ._terminal import PROGRAM, OutputError, complain, discard_stdout, load_blas, unexpected
 
-COMMANDS = ("convert", "verify", "train", "doctor")
+COMMANDS = ("download", "models", "info", "convert", "verify", "train", "doctor")
 """Modules beside this one with `add_arguments(parser)` and `run(args) -> int`, called by the first word; a recording
 of such a name is given as ./convert."""
 
@@ -60,6 +60,18 @@ def _run(words: list[str], debug: bool) -> int:
 
 def _command(name: str) -> ModuleType:
     """Import one of `COMMANDS` alone; written out, so that whoever reads the imports finds them (tools/vendor.py)."""
+    if name == "download":
+        from . import download
+
+        return download
+    if name == "models":
+        from . import models
+
+        return models
+    if name == "info":
+        from . import info
+
+        return info
     if name == "convert":
         from . import convert
 

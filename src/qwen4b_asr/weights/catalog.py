@@ -33,7 +33,13 @@ _SOURCE_KEYS: dict[str, type | tuple[type, ...]] = {
     "bytes": (int, type(None)),
     "sha256": dict,
 }
-_MODEL_KEYS: dict[str, type | tuple[type, ...]] = {"title": str, "recipe": str, "parts": dict, "aliases": list}
+_MODEL_KEYS: dict[str, type | tuple[type, ...]] = {
+    "title": str,
+    "recipe": str,
+    "licence": (str, type(None)),
+    "parts": dict,
+    "aliases": list,
+}
 _ITEM_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _REVISION = re.compile(r"[\w.-]+(?:/[\w.-]+)*")
@@ -105,6 +111,7 @@ class KnownModel:
         recipe: One of `RECIPES`.
         parts: Role -> source; the roles are those that the recipe asks for.
         aliases: Hub ids, and ModelScope ids, that mean the same.
+        own_licence: Its licence where it is not that of the parts.
     """
 
     name: str
@@ -112,6 +119,7 @@ class KnownModel:
     recipe: str
     parts: Mapping[str, Source]
     aliases: tuple[str, ...] = ()
+    own_licence: str | None = None
 
     @property
     def nbytes(self) -> int | None:
@@ -121,8 +129,8 @@ class KnownModel:
 
     @property
     def licence(self) -> str:
-        """The licences of its parts, each once."""
-        return "; ".join(dict.fromkeys(source.licence for source in self.parts.values())) or "MIT"
+        """Its own licence, or those of its parts, each once."""
+        return self.own_licence or "; ".join(dict.fromkeys(source.licence for source in self.parts.values()))
 
 
 # What a model directory, a checkpoint of Hugging Face or FunASR, or an adapter may consist of.
@@ -177,7 +185,9 @@ def load_catalog(folder: Path | None = None) -> dict[str, KnownModel]:
             raise ConfigError(f"{path}: {name}: {min(twice | {name})!r} names two models or is no name")
         taken |= {name, *entry["aliases"]}
         parts = {role: sources[key] for role, key in entry["parts"].items()}
-        models[name] = KnownModel(name, entry["title"], entry["recipe"], parts, tuple(entry["aliases"]))
+        models[name] = KnownModel(
+            name, entry["title"], entry["recipe"], parts, tuple(entry["aliases"]), entry["licence"]
+        )
     return models
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -232,9 +233,11 @@ def _explain(error: Exception, what: str, cache: Path) -> AsrError | None:
         return DownloadError(f"{what}: the hub answers {status}: {advice}")
     if type(error).__module__.partition(".")[0] in _TRANSPORTS:
         return DownloadError(
-            f"{what}: the hub cannot be reached ({type(error).__name__}); what has arrived is kept, so "
-            "try again when there is a network, or give a directory"
+            f"{what}: not in the cache, and the hub cannot be reached ({type(error).__name__}); try again when there "
+            "is a network (what has arrived is kept), or give a directory"
         )
+    if isinstance(error, json.JSONDecodeError):
+        return DownloadError(f"{what}: the server does not answer as a hub does; look at HF_ENDPOINT")
     if isinstance(error, OSError):
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return DownloadError(f"{what}: the disk is full ({cache}); make room and repeat: what has arrived is kept")
