@@ -1,0 +1,119 @@
+"""Quantised source checkpoints: what their tensors say about each module, and in which types they are stored.
+
+MLX's ``config.json`` gives one form for all modules and others for those that it names; whether a module is
+quantised at all, only the presence of its scales tells. The result names every exception, so that a model
+can be built from it alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from ..decoder import DecoderConfig, Qwen3
+from ..errors import CheckpointError
+from ..quantization import Quantization, Scheme, quantizable
+from .tensors import FLOAT_DTYPES, dtype_name
+
+Shape = tuple[int, ...]
+
+_CODES = ("weight", "scales", "biases")
+
+
+def decoder_quantization(config: DecoderConfig, tensors: Mapping[str, Shape], *, file: str) -> DecoderConfig:
+    """Settle which modules of a decoder are quantised, and how.
+
+    Args:
+        config: The decoder as ``config.json`` describes it.
+        tensors: Name of a parameter, as in this decoder -> shape of the checkpoint's tensor for it. Layers with an
+            adapter beside them may have ``.base_layer`` in their names.
+        file: The checkpoint, for messages.
+
+    Returns:
+        The configuration with every exception named; unchanged where nothing is quantised.
+
+    Raises:
+        CheckpointError: If tensors are quantised and config.json does not say how, or says it wrongly.
+    """
+    shapes = {name.replace(".base_layer.", "."): shape for name, shape in tensors.items()}
+    scaled = sorted(name for name in shapes if name.endswith(".scales"))
+    declared = config.quantization
+    if declared is None:
+        if scaled:
+            raise CheckpointError(f"{file}: {scaled[0]!r} is there, but config.json has no 'quantization'")
+        return config
+    modules = quantizable(Qwen3(replace(config, quantization=None, lora=None)))
+    unknown = sorted(set(declared.overrides) - set(modules) - {"lm_head"})  # a tied head has no module of its own
+    if unknown:
+        raise CheckpointError(
+            f"{file}: config.json's 'quantization' names {unknown[0]!r}, which this model does not have"
+        )
+    found = {path: _scheme(path, module, shapes, declared, file) for path, module in modules.items()}
+    if not any(found.values()):
+        return replace(config, quantization=None)
+    exceptions = {path: scheme for path, scheme in found.items() if scheme != declared.default}
+    return replace(config, quantization=Quantization(declared.default, exceptions))
+
+
+def _scheme(
+    path: str, module: nn.Module, shapes: Mapping[str, Shape], declared: Quantization, file: str
+) -> Scheme | None:
+    """Return the form of one module, None if it is not quantised."""
+    have = {part: shapes[f"{path}.{part}"] for part in _CODES if f"{path}.{part}" in shapes}
+    named = path in declared.overrides
+    scheme = declared.scheme(path)
+    if "scales" not in have:
+        if named and scheme is not None:
+            raise CheckpointError(
+                f"{file}: config.json says that {path!r} is quantised, but there is no '{path}.scales'"
+            )
+        return None
+    if named and scheme is None:
+        raise CheckpointError(f"{file}: config.json says that {path!r} is not quantised, but there is '{path}.scales'")
+    rows, columns = module.weight.shape
+    if scheme is not None and _fits(scheme, rows, columns, have):
+        return scheme
+    shown = ", ".join(f"{part} {list(shape)}" for part, shape in have.items())
+    problem = f"{file}: the tensors of {path!r}, a matrix {[rows, columns]}, do not fit {scheme}: {shown}"
+    if named or have.keys() < {"weight", "scales"} or len(have["weight"]) != 2 or len(have["scales"]) != 2:
+        raise CheckpointError(problem)
+    try:  # mixed recipes of some versions are not spelled out in config.json
+        scheme = Scheme.infer(columns, have["weight"][1], have["scales"][1], "biases" in have)
+    except ValueError as error:
+        raise CheckpointError(problem) from error
+    if not _fits(scheme, rows, columns, have):
+        raise CheckpointError(problem)
+    return scheme
+
+
+def _fits(scheme: Scheme, rows: int, columns: int, have: Mapping[str, Shape]) -> bool:
+    return columns % scheme.group_size == 0 and scheme.shapes(rows, columns) == have
+
+
+def packed_types(model: nn.Module) -> dict[str, str]:
+    """Return the parameters that hold codes rather than numbers, each with the type it must be stored in.
+
+    Types are named as in safetensors: ``U32`` for quantised weights, ``U8`` for scales of one byte. Such a tensor
+    is never cast. Every other parameter is floating point.
+    """
+    flat: Any = tree_flatten(model.parameters())
+    return {name: dtype_name(array.dtype) for name, array in flat if not mx.issubdtype(array.dtype, mx.floating)}
+
+
+def type_problem(name: str, dtype: str, packed: Mapping[str, str]) -> str | None:
+    """Return what is wrong with the type that a tensor is stored in, if anything.
+
+    Args:
+        name: The parameter that it fills.
+        dtype: Its type, named as in safetensors.
+        packed: From `packed_types`.
+    """
+    wanted = packed.get(name)
+    if wanted is not None:
+        return None if dtype == wanted else f"tensor {name!r} is stored as {dtype}, but its codes are {wanted}"
+    return None if dtype in FLOAT_DTYPES else f"tensor {name!r} is stored as {dtype}, but weights are floating point"
