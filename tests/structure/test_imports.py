@@ -41,7 +41,7 @@ ROOMS = [
     ),
     ("readers", ["config", "weights"]),
     ("composers", ["model", "generate", "transcript", "rich_decoding"]),
-    ("checkpoints", [f"weights.{name}" for name in ("directory", "load", "parts", "convert", "verify")]),
+    ("checkpoints", [f"weights.{name}" for name in ("directory", "load", "parts", "convert", "verify", "obtain")]),
     ("pipeline", ["transcribe"]),
     ("training", ["training"]),
     ("doors", ["cli", "server", "__main__"]),
