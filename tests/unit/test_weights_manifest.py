@@ -48,6 +48,7 @@ def test_malformed_braces_are_refused(pattern):
         ("qwen3-1.7b", 310, 1_720_574_976),
         ("qwen3-4b", 398, 4_022_468_096),
         ("qwen3-8b", 399, 8_190_735_360),
+        ("canary-qwen-2.5b", 1686, 2_559_447_568),
     ],
 )
 def test_counts(name, tensors, parameters):

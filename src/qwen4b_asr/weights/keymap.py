@@ -6,7 +6,8 @@ pattern matches decides. In a pattern ``{i}`` stands for a number, ``{path}`` fo
 kept. A rule has
 
 * ``to`` with the names it caught filled in, and optionally ``transform``: ``conv1d`` turns
-  torch's depthwise layout (D, 1, K) into MLX's (D, K, 1);
+  torch's depthwise layout (D, 1, K) into MLX's (D, K, 1), ``conv2d`` (D, 1, H, W) into
+  (D, H, W, 1), and ``pointwise`` a convolution of one tap (O, I, 1, ...) into a matrix (O, I);
 * or ``to`` with ``part`` [n, of]: the tensor is the n-th of several joined along the first axis;
 * or ``drop`` with the reason why the tensor is not needed; with ``unless`` only where the model
   has no parameter of that name.
@@ -30,7 +31,7 @@ from .paths import weights_data
 Shape = tuple[int, ...]
 _KEYS = {"schema": int, "kind": str, "name": str, "target": str, "rules": list}
 _TOKEN = re.compile(r"\{(?P<field>\w+)(?::(?P<words>[^{}]+))?\}|\((?P<either>[^()]*)\)")
-_TRANSFORMS = ("identity", "conv1d")
+_TRANSFORMS = ("identity", "conv1d", "conv2d", "pointwise")
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Assignment:
     Args:
         target: The parameter.
         sources: The tensors joined along their first axis, usually one.
-        transform: ``identity`` or ``conv1d``; both keep the elements in their row-major order.
+        transform: What it does to the shape; all keep the elements in their row-major order.
     """
 
     target: str
@@ -68,7 +69,7 @@ class _Rule:
 
 @dataclass(frozen=True)
 class KeyMap:
-    """The rules for one kind of checkpoint; ``target`` is the model's module that it fills."""
+    """The rules for one kind of checkpoint; ``target`` is the model's module that it fills, or ``model`` for all."""
 
     name: str
     target: str
@@ -151,6 +152,14 @@ def _shape_problem(shapes: list[Shape], wanted: Shape, transform: str) -> str | 
         if len(joined) != 3 or joined[1] != 1:
             return f"shape {list(joined)} is not that of a depthwise convolution [D, 1, K]"
         joined = (joined[0], joined[2], 1)
+    elif transform == "conv2d":
+        if len(joined) != 4 or joined[1] != 1:
+            return f"shape {list(joined)} is not that of a convolution of one input channel [D, 1, H, W]"
+        joined = (joined[0], *joined[2:], 1)
+    elif transform == "pointwise":
+        if len(joined) < 3 or any(size != 1 for size in joined[2:]):
+            return f"shape {list(joined)} is not that of a pointwise convolution [O, I, 1, ...]"
+        joined = joined[:2]
     return None if joined == wanted else f"shape {list(joined)} instead of {list(wanted)}"
 
 

@@ -36,7 +36,7 @@ _KEYS = {
     "optional": dict,
     "config": dict,
 }
-_ROLES = ("encoder", "adaptor", "decoder")
+_ROLES = ("encoder", "adaptor", "decoder", "model")
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Manifest:
 
     Args:
         name: Short name; also the file's.
-        role: ``encoder``, ``adaptor`` or ``decoder``.
+        role: ``encoder``, ``adaptor`` or ``decoder``; ``model`` where one file holds all of them.
         source: Where it is published.
         licence: Under which licence.
         files: File name -> what it is for.
