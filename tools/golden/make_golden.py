@@ -20,6 +20,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+from golden_canary import make_canary
 from golden_nano import make_nano, make_nano_prompt_ids
 from golden_stages import DATA, make_adaptor, make_decoder, make_encoder, make_features
 from golden_text import make_generation, make_prompt_ids
@@ -28,14 +29,25 @@ from golden_text import make_generation, make_prompt_ids
 def main() -> None:
     """Parse the command line and write the files."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    names = ("features", "encoder", "adaptor", "decoder", "generation", "lora", "nano", "prompt_ids", "nano_prompt_ids")
+    names = (
+        "features",
+        "encoder",
+        "adaptor",
+        "decoder",
+        "generation",
+        "lora",
+        "nano",
+        "canary",
+        "prompt_ids",
+        "nano_prompt_ids",
+    )
     parser.add_argument("--only", choices=names, action="append", help="write this file (repeatable; default: all)")
     parser.add_argument("--speech", type=Path, help="recording to cut the excerpt from, 16 kHz mono")
     parser.add_argument("--mvn", type=Path, help="SenseVoiceSmall's am.mvn")
     parser.add_argument("--qwen3-tokenizer", type=Path, help="real tokenizer.json, beside its tokenizer_config.json")
     options = parser.parse_args()
     makers = dict(encoder=make_encoder, adaptor=make_adaptor, decoder=make_decoder, generation=make_generation)
-    makers |= dict(nano=make_nano)
+    makers |= dict(nano=make_nano, canary=make_canary)
     spelled = dict(prompt_ids=make_prompt_ids, nano_prompt_ids=make_nano_prompt_ids)
     DATA.mkdir(parents=True, exist_ok=True)
     for name in options.only or names:
