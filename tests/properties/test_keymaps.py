@@ -83,7 +83,9 @@ def test_the_namings_of_the_task():
     assert "adaptor.blocks.3.norm2.bias" in real_adaptor("blocks")
 
 
-@pytest.mark.parametrize("name", ["qwen3-0.6b", "qwen3-1.7b", "qwen3-4b", "qwen3-8b"])
+@pytest.mark.parametrize(
+    "name", ["qwen3-0.6b", "qwen3-1.7b", "qwen3-4b", "qwen3-4b-instruct-2507", "qwen3-4b-8bit", "qwen3-8b"]
+)
 @pytest.mark.parametrize("with_optional", [False, True])
 def test_every_real_decoder(name, with_optional):
     manifest = load_manifest(name)

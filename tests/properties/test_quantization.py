@@ -1,0 +1,105 @@
+"""Quantised matrices: shapes, the layout bit by bit, and a decoder that equals the one with the same numbers dense."""
+
+import json
+from dataclasses import asdict, replace
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from mlx.utils import tree_flatten
+
+from qwen4b_asr.cache import KVCache
+from qwen4b_asr.decoder import DecoderConfig, Qwen3
+from qwen4b_asr.lora import dense_weight, layer_shape
+from qwen4b_asr.quantization import Quantization, Scheme, quantizable, quantize_modules
+from tests.helpers.tiny import CONFIG, max_abs, randomise, rows
+
+SIZES = replace(CONFIG.decoder, vocab_size=40, hidden_size=64, intermediate_size=96)
+PATHS = sorted(quantizable(Qwen3(SIZES)))
+
+affine = st.builds(Scheme, st.sampled_from([32, 64, 128]), st.sampled_from([1, 2, 3, 4, 5, 6, 8]))
+schemes = affine | st.sampled_from([Scheme(32, 4, "mxfp4"), Scheme(32, 8, "mxfp8"), Scheme(16, 4, "nvfp4")])
+# The feed-forward's 96 columns hold groups of 32 only.
+fitting = schemes.filter(lambda scheme: scheme.group_size in (16, 32))
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu():
+    device = mx.default_device()
+    mx.set_default_device(mx.cpu)
+    yield
+    mx.set_default_device(device)
+
+
+@given(schemes, st.integers(1, 9), st.integers(1, 4))
+def test_shapes_are_those_that_mlx_makes_and_tell_the_scheme(scheme, count, groups):
+    columns = groups * max(scheme.group_size, 32)
+    matrix = mx.random.normal((count, columns))
+    made = mx.quantize(matrix, group_size=scheme.group_size, bits=scheme.bits, mode=scheme.mode)
+    shapes = scheme.shapes(count, columns)
+    assert list(shapes.values()) == [tuple(array.shape) for array in made]
+    found = Scheme.infer(columns, shapes["weight"][1], shapes["scales"][1], "biases" in shapes)
+    assert found == scheme
+
+
+@given(affine, st.integers(1, 5), st.integers(1, 3), st.integers(0, 99))
+def test_the_codes_are_packed_from_the_low_bits_up(scheme, count, groups, seed):
+    columns = groups * scheme.group_size
+    matrix = rows(count, columns, seed)
+    weight, scales, biases = mx.quantize(matrix, group_size=scheme.group_size, bits=scheme.bits)
+    bits = np.unpackbits(np.array(weight).view(np.uint8), axis=1, bitorder="little").reshape(count, columns, -1)
+    codes = bits @ (1 << np.arange(scheme.bits))
+    spread = [np.repeat(np.array(part), scheme.group_size, axis=1) for part in (scales, biases)]
+    layer = nn.QuantizedLinear(columns, count, False, scheme.group_size, scheme.bits)
+    layer.weight, layer.scales, layer.biases = weight, scales, biases
+    dense, _ = dense_weight(layer)
+    assert layer_shape(layer) == (count, columns)
+    assert np.allclose(np.array(dense), codes * spread[0] + spread[1], atol=1e-5)
+
+
+@given(
+    fitting, st.dictionaries(st.sampled_from(PATHS), st.none() | fitting, max_size=6), st.booleans(), st.integers(0, 99)
+)
+def test_a_quantised_decoder_equals_the_dense_one_of_the_same_numbers(default, overrides, tied, seed):
+    quantization = Quantization(default, overrides)
+    sizes = replace(SIZES, tie_word_embeddings=tied)
+    source = randomise(Qwen3(sizes), seed)
+    quantize_modules(source, quantization)
+    # Names and shapes are those that a configuration alone gives.
+    built = Qwen3(replace(sizes, quantization=quantization))
+    shapes = {name: (a.shape, a.dtype) for name, a in tree_flatten(built.parameters())}
+    assert shapes == {name: (a.shape, a.dtype) for name, a in tree_flatten(source.parameters())}
+    dense = Qwen3(sizes)
+    flat = dict(tree_flatten(source.parameters()))
+    for path, module in quantizable(dense).items():
+        if f"{path}.scales" in flat:
+            scheme = quantization.scheme(path)
+            arrays = [flat.pop(f"{path}.{part}", None) for part in ("weight", "scales", "biases")]
+            flat[f"{path}.weight"] = mx.dequantize(
+                *arrays, group_size=scheme.group_size, bits=scheme.bits, mode=scheme.mode
+            ).astype(mx.float32)
+            assert flat[f"{path}.weight"].shape == module.weight.shape
+    dense.load_weights(list(flat.items()), strict=True)
+    ids = mx.array([[1, 5, 2, 39, 0]])
+    wanted, found = dense(dense.embed(ids)), source(source.embed(ids))
+    assert found.dtype == mx.float32
+    assert max_abs(wanted - found) <= 2e-5 * max(1.0, max_abs(wanted))
+    caches = [KVCache() for _ in source.model.layers]
+    steps = mx.concatenate([source(source.embed(ids[:, i : i + 1]), caches) for i in range(5)], axis=1)
+    assert max_abs(steps - found) <= 1e-4 * max(1.0, max_abs(found))
+
+
+@given(schemes, st.dictionaries(st.sampled_from(PATHS), st.none() | schemes, max_size=4))
+def test_what_json_keeps_is_the_same(default, overrides):
+    config = replace(SIZES, quantization=Quantization(default, overrides))
+    assert DecoderConfig(**json.loads(json.dumps(asdict(config)))) == config
+
+
+@given(schemes, st.integers(1, 300))
+def test_groups_must_divide_a_row(scheme, columns):
+    assume(columns % scheme.group_size)
+    with pytest.raises(ValueError, match="group_size"):
+        scheme.shapes(3, columns)
