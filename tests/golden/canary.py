@@ -9,14 +9,15 @@ from functools import cache
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from qwen4b_asr import fastconformer, mel, projection
+from qwen4b_asr import decoder, fastconformer, lora, mel, projection
 from qwen4b_asr.weights.keymap import load_keymap
 
-from .checks import waveform
-from .support import compare, golden, recorded
+from .checks import run_generation, waveform
+from .support import compare, compare_ids, golden, recorded
 
 MEL_INPUTS = (
     "noise_320", "noise_401", "noise_559", "noise_560", "noise_1360", "sine", "silence", "offset", "clipped",
@@ -24,16 +25,17 @@ MEL_INPUTS = (
 )  # fmt: skip
 
 
-def fill_from_checkpoint(module: Any, tensors: dict[str, np.ndarray], part: str) -> Any:
-    """Fill one part of the model with the tensors of a checkpoint by the package's own key map."""
-    parameters = {f"{part}.{name}": value.shape for name, value in tree_flatten(module.parameters())}
+def fill_from_checkpoint(module: Any, tensors: dict[str, np.ndarray], part: str = "") -> Any:
+    """Fill the model, or one part of it, with the tensors of a checkpoint by the package's own key map."""
+    prefix = f"{part}." if part else ""
+    parameters = {f"{prefix}{name}": value.shape for name, value in tree_flatten(module.parameters())}
     shapes = {name: tuple(value.shape) for name, value in tensors.items()}
     plan = load_keymap("canary").plan(shapes, parameters, file="canary.safetensors")
     weights = []
     for assignment in plan.assignments:
         (source,) = assignment.sources
         value = tensors[source].reshape(parameters[assignment.target])
-        weights.append((assignment.target.removeprefix(f"{part}."), mx.array(value)))
+        weights.append((assignment.target.removeprefix(prefix), mx.array(value)))
     module.update(tree_unflatten(weights))
     module.eval()
     return module
@@ -166,3 +168,43 @@ def check_speech() -> None:
     states, mask = build_encoder()(build_frontend()(canary_waveform("speech"))[None])
     compare(states[0], data["speech/states"], "whole", "states of speech")
     compare(build_projection()(states, mask)[0], data["speech/audio"], "whole", "audio rows of speech")
+
+
+class Stages(nn.Module):
+    """All stages under the names that they have in a model, LoRA kept apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        data = golden("canary")
+        encoder, llm, adapter = data.fact("encoder"), data.fact("decoder"), data.fact("lora")
+        sizes = projection.ProjectionConfig(input_size=encoder["output_size"], output_size=llm["hidden_size"])
+        self.frontend = mel.MelFrontend(mel.MelConfig())
+        self.audio_encoder = fastconformer.FastConformerEncoder(fastconformer.FastConformerConfig(**encoder))
+        self.adaptor = projection.Projection(sizes)
+        self.decoder = decoder.Qwen3(decoder.DecoderConfig(**llm))
+        config = lora.LoraConfig(adapter["r"], adapter["lora_alpha"], tuple(adapter["target_modules"]))
+        lora.build_lora(self.decoder, config)
+
+
+def build_stages() -> Stages:
+    """Return the golden checkpoint as a whole, by its key map."""
+    data = golden("canary")
+    featurizer = {"fb": data["mel/fb"][None], "window": np.array(mel.hann_window(400))}
+    tensors = data.weights() | {f"perception.preprocessor.featurizer.{n}": v for n, v in featurizer.items()}
+    filled: Stages = fill_from_checkpoint(Stages(), tensors)
+    return filled
+
+
+def check_ids(adapters: str) -> None:
+    """From a recording to token ids, with the adapters kept apart (keep), merged, or folded in for good (fuse)."""
+    data, model = golden("canary"), build_stages()
+    if adapters != "keep":
+        {"merge": lora.merge_lora, "fuse": lora.fuse_lora}[adapters](model.decoder)
+    model.audio_encoder.fold_batch_norms()
+    states, mask = model.audio_encoder(model.frontend(canary_waveform("speech"))[None])
+    audio = model.adaptor(states, mask)[0]
+    run = data.fact("run")
+    rows = mx.concatenate([audio if ids is None else model.decoder.embed(mx.array(ids)) for ids in run["piece_ids"]])
+    logits = model.decoder(rows[None])[0]
+    compare(logits if logits.ndim == 1 else logits[-1], data["speech/logits"], "whole", "logits after the prompt")
+    compare_ids(run_generation(model.decoder, rows, {"options": {}}, len(run["ids"])), run["ids"], "speech")

@@ -60,6 +60,11 @@ def test_recording_to_audio_rows() -> None:
     canary.check_speech()
 
 
+@pytest.mark.parametrize("adapters", ["keep", "merge", "fuse"])
+def test_recording_to_token_ids(adapters: str) -> None:
+    canary.check_ids(adapters)
+
+
 def test_folded_batch_norms_give_the_same() -> None:
     encoder = canary.build_encoder()
     before = len(tree_flatten(encoder.parameters()))

@@ -10,7 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
-from qwen4b_asr import fastconformer, mel, projection
+from qwen4b_asr import fastconformer, lora, mel, projection
 
 from . import canary
 from .planting import Defects, Patch, attend, override, rewrite, unmasked
@@ -341,6 +341,19 @@ def rows_rounded_down(patch: Patch) -> None:
 @DEFECTS.noticed_by(canary.check_speech)
 def projection_without_its_bias(patch: Patch) -> None:
     patch.setattr(projection.Projection, "__call__", lambda self, states, mask=None: states @ self.proj.weight.T)
+
+
+# Adapters
+
+
+@DEFECTS.noticed_by(partial(canary.check_ids, "keep"))
+def adapters_left_out(patch: Patch) -> None:
+    patch.setattr(lora.LoraConfig, "scale_of", lambda self, path: 0.0)
+
+
+@DEFECTS.noticed_by(partial(canary.check_ids, "merge"))
+def adapters_not_scaled(patch: Patch) -> None:
+    patch.setattr(lora.LoraConfig, "scale_of", lambda self, path: 1.0)
 
 
 @pytest.mark.parametrize("name", DEFECTS)

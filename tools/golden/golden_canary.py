@@ -1,4 +1,4 @@
-# mypy: disable-error-code="import-not-found,import-untyped,no-any-return,attr-defined"
+# mypy: disable-error-code="import-not-found,import-untyped,no-any-return,attr-defined,untyped-decorator"
 """Golden tensors of Canary-Qwen: mel front end, FastConformer, projection, and sound to token ids through LoRA."""
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ DECODER: dict[str, Any] = dict(
     num_key_value_heads=2, head_dim=16, rms_norm_eps=1e-6, rope_theta=1e6, tie_word_embeddings=True,
     max_position_embeddings=4096,
 )  # fmt: skip
-LORA = dict(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
+LORA: dict[str, Any] = dict(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
 PROMPT = ["<|im_start|>user\nTranscribe the following: ", AUDIO, "<|im_end|>\n<|im_start|>assistant\n"]
 MAX_TOKENS = 24
 LENGTHS = (41, 1, 18, 16)
