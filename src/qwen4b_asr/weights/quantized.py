@@ -80,7 +80,7 @@ def _scheme(
         return scheme
     shown = ", ".join(f"{part} {list(shape)}" for part, shape in have.items())
     problem = f"{file}: the tensors of {path!r}, a matrix {[rows, columns]}, do not fit {scheme}: {shown}"
-    if named or have.keys() < {"weight", "scales"} or len(have["weight"]) != 2 or len(have["scales"]) != 2:
+    if named or not {"weight", "scales"} <= have.keys() or len(have["weight"]) != 2 or len(have["scales"]) != 2:
         raise CheckpointError(problem)
     try:  # mixed recipes of some versions are not spelled out in config.json
         scheme = Scheme.infer(columns, have["weight"][1], have["scales"][1], "biases" in have)
