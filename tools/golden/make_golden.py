@@ -22,6 +22,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from golden_canary import make_canary
 from golden_nano import make_nano, make_nano_prompt_ids
+from golden_sensevoice import make_sensevoice
 from golden_stages import DATA, make_adaptor, make_decoder, make_encoder, make_features
 from golden_text import make_generation, make_prompt_ids
 
@@ -38,6 +39,7 @@ def main() -> None:
         "lora",
         "nano",
         "canary",
+        "sensevoice",
         "prompt_ids",
         "nano_prompt_ids",
     )
@@ -47,7 +49,7 @@ def main() -> None:
     parser.add_argument("--qwen3-tokenizer", type=Path, help="real tokenizer.json, beside its tokenizer_config.json")
     options = parser.parse_args()
     makers = dict(encoder=make_encoder, adaptor=make_adaptor, decoder=make_decoder, generation=make_generation)
-    makers |= dict(nano=make_nano, canary=make_canary)
+    makers |= dict(nano=make_nano, canary=make_canary, sensevoice=make_sensevoice)
     spelled = dict(prompt_ids=make_prompt_ids, nano_prompt_ids=make_nano_prompt_ids)
     DATA.mkdir(parents=True, exist_ok=True)
     for name in options.only or names:
