@@ -10,11 +10,13 @@ from qwen4b_asr.decoder import DecoderConfig, Qwen3
 from qwen4b_asr.errors import CheckpointError
 from qwen4b_asr.lora import LoraConfig
 from qwen4b_asr.quantization import Quantization, Scheme, quantize_modules
+from qwen4b_asr.weights.keymap import load_keymap
 from qwen4b_asr.weights.manifest import load_manifest
 from qwen4b_asr.weights.quantized import decoder_quantization, packed_types, type_problem
 from tests.helpers.tiny import CONFIG
 
 SIZES = replace(CONFIG.decoder, vocab_size=40, hidden_size=64, intermediate_size=96)
+KEYMAP = load_keymap("qwen3")
 BASE = {"group_size": 32, "bits": 4}
 DOWN, HEAD = "model.layers.1.mlp.down_proj", "lm_head"
 
@@ -26,7 +28,9 @@ def shapes(quantization: Quantization | None, **changes) -> dict[str, tuple[int,
 
 def settle(entry: dict | None, tensors: dict[str, tuple[int, ...]], **changes) -> DecoderConfig:
     quantization = None if entry is None else Quantization.from_mlx(entry)
-    return decoder_quantization(replace(SIZES, quantization=quantization, **changes), tensors, file="the/file")
+    return decoder_quantization(
+        replace(SIZES, quantization=quantization, **changes), tensors, keymap=KEYMAP, file="the/file"
+    )
 
 
 MIXED = Quantization(
@@ -82,6 +86,17 @@ def test_adapters_beside_quantised_layers_do_not_hide_them():
     lora = LoraConfig(2, 4.0, ("q_proj",))
     config = settle(BASE, shapes(MIXED, lora=lora), lora=lora)
     assert (config.quantization, config.lora) == (MIXED, lora)
+
+
+@pytest.mark.parametrize("root", ["llm.", "llm.base_model.model."])
+def test_the_names_may_be_another_checkpoints(root):
+    # Embedding and head lie outside the layers and are not quantised.
+    quantization = Quantization(MIXED.default, {**MIXED.overrides, "model.embed_tokens": None, HEAD: None})
+    tensors = {f"{root}{n}": s for n, s in shapes(quantization, tie_word_embeddings=False).items()}
+    tensors["embed_tokens.weight"] = tensors.pop(f"{root}model.embed_tokens.weight")
+    sizes = replace(SIZES, tie_word_embeddings=False, quantization=Quantization(Scheme(32, 4)))
+    config = decoder_quantization(sizes, tensors, keymap=load_keymap("canary"), file="f", prefix="decoder.")
+    assert config.quantization == quantization
 
 
 def test_what_is_not_quantised_stays_so():
@@ -141,7 +156,9 @@ def test_instruct_2507_differs_in_theta_and_context_alone():
 
 def test_the_published_8_bit_checkpoint():
     manifest = load_manifest("qwen3-4b-8bit")
-    config = decoder_quantization(DecoderConfig.from_huggingface(manifest.config), manifest.tensors, file="f")
+    config = decoder_quantization(
+        DecoderConfig.from_huggingface(manifest.config), manifest.tensors, keymap=KEYMAP, file="f"
+    )
     assert config.quantization == Quantization(Scheme(64, 8))
     assert dict(manifest.tensors) == {n: tuple(a.shape) for n, a in tree_flatten(Qwen3(config).parameters())}
 

@@ -124,11 +124,16 @@ class KeyMap:
             raise CheckpointError(f"{file}: does not fit the {self.name} key map: {'; '.join(problems[:6])}{more}")
         return Plan(tuple(assignments), dropped)
 
-    def rename(self, sources: Mapping[str, Shape]) -> dict[str, list[str]]:
-        """Return target -> sources without any check, to read a checkpoint's sizes under known names."""
+    def rename(
+        self, sources: Mapping[str, Shape], parameters: Mapping[str, Shape] | None = None
+    ) -> dict[str, list[str]]:
+        """Return target -> sources without any check, to read a checkpoint's sizes under known names.
+
+        Rules that hold only for some models go by `parameters`, where they are given.
+        """
         renamed: dict[str, list[str]] = {}
         for name in sources:
-            rule, target = self._match(name, {})
+            rule, target = self._match(name, parameters or {})
             if rule is not None and target is not None:
                 renamed.setdefault(target, []).append(name)
         return renamed

@@ -18,21 +18,23 @@ from mlx.utils import tree_flatten
 from ..decoder import DecoderConfig, Qwen3
 from ..errors import CheckpointError
 from ..quantization import Quantization, Scheme, quantizable
+from .keymap import KeyMap, Shape
 from .tensors import FLOAT_DTYPES, dtype_name
-
-Shape = tuple[int, ...]
 
 _CODES = ("weight", "scales", "biases")
 
 
-def decoder_quantization(config: DecoderConfig, tensors: Mapping[str, Shape], *, file: str) -> DecoderConfig:
+def decoder_quantization(
+    config: DecoderConfig, sources: Mapping[str, Shape], *, keymap: KeyMap, file: str, prefix: str = ""
+) -> DecoderConfig:
     """Settle which modules of a decoder are quantised, and how.
 
     Args:
         config: The decoder as ``config.json`` describes it.
-        tensors: Name of a parameter, as in this decoder -> shape of the checkpoint's tensor for it. Layers with an
-            adapter beside them may have ``.base_layer`` in their names.
+        sources: Name -> shape of the checkpoint's tensors.
+        keymap: Which parameter each fills.
         file: The checkpoint, for messages.
+        prefix: What the key map writes before the decoder's own names.
 
     Returns:
         The configuration with every exception named; unchanged where nothing is quantised.
@@ -40,14 +42,22 @@ def decoder_quantization(config: DecoderConfig, tensors: Mapping[str, Shape], *,
     Raises:
         CheckpointError: If tensors are quantised and config.json does not say how, or says it wrongly.
     """
-    shapes = {name.replace(".base_layer.", "."): shape for name, shape in tensors.items()}
+    dense = Qwen3(replace(config, quantization=None, lora=None))
+    parameters: Any = tree_flatten(dense.parameters())
+    renamed = keymap.rename(sources, {prefix + name: tuple(array.shape) for name, array in parameters})
+    # A layer that has an adapter beside it is called its base layer.
+    shapes = {
+        target.removeprefix(prefix).replace(".base_layer.", "."): sources[names[0]]
+        for target, names in renamed.items()
+        if target.startswith(prefix)
+    }
     scaled = sorted(name for name in shapes if name.endswith(".scales"))
     declared = config.quantization
     if declared is None:
         if scaled:
             raise CheckpointError(f"{file}: {scaled[0]!r} is there, but config.json has no 'quantization'")
         return config
-    modules = quantizable(Qwen3(replace(config, quantization=None, lora=None)))
+    modules = quantizable(dense)
     unknown = sorted(set(declared.overrides) - set(modules) - {"lm_head"})  # a tied head has no module of its own
     if unknown:
         raise CheckpointError(
