@@ -1,6 +1,7 @@
 """The encoder: padding and its contents invisible, a batch equals its items, the memory block by definition."""
 
 import math
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
@@ -8,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwen4b_asr.encoder import LANGUAGE_QUERIES, EncoderConfig, sinusoidal_positions
+from qwen4b_asr.encoder import LANGUAGE_QUERIES, EncoderConfig, SenseVoiceEncoder, sinusoidal_positions
 from qwen4b_asr.features import pad_features
 from qwen4b_asr.kernels.fsmn import fsmn
-from tests.helpers.tiny import CONFIG, max_abs, ragged_lengths, rows, tiny_model
+from tests.helpers.tiny import CONFIG, max_abs, ragged_lengths, randomise, rows, tiny_model
 
 WIDTH = CONFIG.encoder.input_size
 
@@ -104,6 +105,21 @@ def test_ctc_logits_have_one_score_per_symbol():
     encoder = tiny_model().audio_encoder
     states, _ = encoder(rows(5, WIDTH)[None])
     assert encoder.ctc_logits(states).shape == (1, 9, CONFIG.encoder.vocab_size)
+
+
+def test_without_query_frames_a_row_goes_in_and_a_row_comes_out():
+    config = replace(CONFIG.encoder, num_queries=0, vocab_size=0)
+    encoder = randomise(SenseVoiceEncoder(config), 7)
+    assert "embed" not in encoder
+    assert (config.query_frames, CONFIG.encoder.query_frames) == (0, 4)
+    x = rows(6, WIDTH)[None]
+    states, mask = encoder(x)
+    assert states.shape == (1, 6, CONFIG.encoder.output_size)
+    assert mask.shape == (1, 6)
+    # What a language model is told in its prompt, such an encoder cannot be told.
+    assert mx.array_equal(states, encoder(x, language="Klingon", use_itn=True)[0])
+    with pytest.raises(ValueError, match="no CTC head"):
+        encoder.ctc_logits(states)
 
 
 def test_bad_input_is_refused():

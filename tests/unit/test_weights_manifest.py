@@ -51,6 +51,10 @@ def test_malformed_braces_are_refused(pattern):
         ("qwen3-4b-instruct-2507", 398, 4_022_468_096),
         ("qwen3-4b-8bit", 904, (4_022_468_096 - 196_096) // 4 + 2 * (4_022_468_096 - 196_096) // 64 + 196_096),
         ("canary-qwen-2.5b", 1686, 2_559_447_568),
+        ("fun-asr-nano", 914 + 36 + 310, 829_791_840),
+        ("fun-asr-mlt-nano", 914 + 36 + 310, 829_791_840),
+        ("fun-asr-nano-ctc", 914 + 36 + 310 + 84 + 2, 868_857_667),
+        ("fun-asr-nano-hf", 70 * 17 + 4 + 36 + 310, 829_791_840),
     ],
 )
 def test_counts(name, tensors, parameters):

@@ -21,23 +21,31 @@ _ADAPTOR_HEADS = 8
 
 
 def encoder_config(
-    shapes: Mapping[str, Shape], settings: Mapping[str, str], *, file: str, heads: int | None = None
+    shapes: Mapping[str, Shape],
+    settings: Mapping[str, str],
+    *,
+    file: str,
+    heads: int | None = None,
+    section: str = "encoder_conf",
+    queries: bool = True,
 ) -> EncoderConfig:
     """Read the encoder's sizes from its parameters' shapes.
 
     Args:
-        shapes: Parameter name (as in the checkpoint) -> shape.
+        shapes: Parameter name (as in SenseVoice's checkpoint) -> shape.
         settings: Scalars of ``config.yaml``; empty where there is none.
         file: The checkpoint, for messages.
         heads: Attention heads, where neither the file nor the width tells.
+        section: Where in `settings` the encoder's are.
+        queries: Whether it has SenseVoice's query frames.
 
     Raises:
         CheckpointError: If this is not a SenseVoice encoder or the heads cannot be told.
     """
-    sizes = _Sizes(shapes, file, "a SenseVoice encoder")
+    sizes = Sizes(shapes, file, "a SenseVoice encoder")
     width = sizes.get("encoder.encoders0.0.self_attn.linear_out.weight", 0, 2)
     if heads is None:
-        told = _number(settings, "encoder_conf.attention_heads", file)
+        told = number_of(settings, f"{section}.attention_heads", file)
         heads = int(told) if told is not None else width // _ENCODER_HEAD_WIDTH
         if told is None and (not heads or width % _ENCODER_HEAD_WIDTH):
             raise CheckpointError(
@@ -45,7 +53,7 @@ def encoder_config(
                 "config.yaml beside it or give --encoder-heads"
             )
     # FunASR spells it so.
-    shift = _number(settings, "encoder_conf.sanm_shfit", file) or _number(settings, "encoder_conf.sanm_shift", file)
+    shift = number_of(settings, f"{section}.sanm_shfit", file) or number_of(settings, f"{section}.sanm_shift", file)
     try:
         return EncoderConfig(
             input_size=sizes.get("encoder.encoders0.0.norm1.weight", 0, 1),
@@ -56,15 +64,21 @@ def encoder_config(
             tp_blocks=sizes.count(r"encoder\.tp_encoders\.(\d+)\..*"),
             kernel_size=sizes.get("encoder.encoders0.0.self_attn.fsmn_block.weight", 2, 3),
             sanm_shift=int(shift or 0),
-            num_queries=sizes.get("embed.weight", 0, 2),
+            num_queries=sizes.get("embed.weight", 0, 2) if queries else 0,
             vocab_size=sizes.get("ctc.ctc_lo.weight", 0, 2) if "ctc.ctc_lo.weight" in shapes else 0,
         )
     except ValueError as error:
         raise CheckpointError(f"{file}: {error}") from error
 
 
-def frontend_config(input_size: int, settings: Mapping[str, str], *, file: str) -> FrontendConfig:
+def frontend_config(input_size: int, settings: Mapping[str, str], *, file: str, cmvn: bool = True) -> FrontendConfig:
     """Read the front end's constants from ``config.yaml``, the published ones by default.
+
+    Args:
+        input_size: Width of the rows that the encoder takes.
+        settings: Scalars of ``config.yaml``; empty where there is none.
+        file: The checkpoint, for messages.
+        cmvn: Whether the features are normalised.
 
     Raises:
         CheckpointError: If stacked mel bins do not give `input_size`, or a setting is not supported.
@@ -82,14 +96,14 @@ def frontend_config(input_size: int, settings: Mapping[str, str], *, file: str) 
     }
     values: dict[str, Any] = {}
     for name, (key, kind) in keys.items():
-        number = _number(settings, f"frontend_conf.{key}", file)
+        number = number_of(settings, f"frontend_conf.{key}", file)
         if number is not None:
             values[name] = kind(number)
     if "num_mel_bins" not in values:
         lfr_m = values.get("lfr_m", FrontendConfig.lfr_m)
         values["num_mel_bins"] = max(1, input_size // lfr_m)
     try:
-        config = FrontendConfig(**values, cmvn=True)
+        config = FrontendConfig(**values, cmvn=cmvn)
     except ValueError as error:
         raise CheckpointError(f"{file}: {error}") from error
     if config.output_size != input_size:
@@ -109,7 +123,7 @@ def adaptor_config(
         CheckpointError: If this is not an adaptor, or the heads do not divide its width.
     """
     renamed = keymap.rename(sources)
-    sizes = _Sizes({target: sources[names[0]] for target, names in renamed.items()}, file, "an adaptor")
+    sizes = Sizes({target: sources[names[0]] for target, names in renamed.items()}, file, "an adaptor")
     try:
         return AdaptorConfig(
             input_size=sizes.get("input_proj.weight", 1, 2),
@@ -153,13 +167,18 @@ def read_json_object(path: Path) -> dict[str, Any]:
     return values
 
 
-class _Sizes:
+class Sizes:
     """Looks up sizes in shapes with errors that say which tensor is wanting."""
 
     def __init__(self, shapes: Mapping[str, Shape], file: str, what: str) -> None:
         self._shapes, self._file, self._what = shapes, file, what
 
     def get(self, name: str, axis: int, axes: int) -> int:
+        """Return one size of a tensor that has `axes` axes.
+
+        Raises:
+            CheckpointError: If the tensor is not there or has another number of axes.
+        """
         shape = self._shapes.get(name)
         if shape is None:
             some = ", ".join(list(self._shapes)[:3]) or "nothing"
@@ -169,10 +188,16 @@ class _Sizes:
         return shape[axis]
 
     def count(self, pattern: str) -> int:
+        """Return how many values the pattern's group takes over all names."""
         return len({match[1] for name in self._shapes if (match := re.fullmatch(pattern, name))})
 
 
-def _number(settings: Mapping[str, str], key: str, file: str) -> float | None:
+def number_of(settings: Mapping[str, str], key: str, file: str) -> float | None:
+    """Return a number of ``config.yaml``, or None where it does not have one.
+
+    Raises:
+        CheckpointError: If it is not a number.
+    """
     text = settings.get(key)
     if text is None or text in ("null", "~"):
         return None
