@@ -101,7 +101,8 @@ def test_the_names_may_be_another_checkpoints(root):
 
 def test_what_is_not_quantised_stays_so():
     assert settle(None, shapes(None)).quantization is None
-    assert settle(BASE, shapes(None)).quantization is None
+    with pytest.raises(CheckpointError, match=r"the weights are quantised, but no tensor is named '\*\.scales'"):
+        settle(BASE, shapes(None))
 
 
 @pytest.mark.parametrize(

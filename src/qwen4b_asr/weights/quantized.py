@@ -37,7 +37,7 @@ def decoder_quantization(
         prefix: What the key map writes before the decoder's own names.
 
     Returns:
-        The configuration with every exception named; unchanged where nothing is quantised.
+        The configuration with every exception named; unchanged where config.json speaks of no quantisation.
 
     Raises:
         CheckpointError: If tensors are quantised and config.json does not say how, or says it wrongly.
@@ -65,7 +65,9 @@ def decoder_quantization(
         )
     found = {path: _scheme(path, module, shapes, declared, file) for path, module in modules.items()}
     if not any(found.values()):
-        return replace(config, quantization=None)
+        raise CheckpointError(
+            f"{file}: config.json says that the weights are quantised, but no tensor is named '*.scales'"
+        )
     exceptions = {path: scheme for path, scheme in found.items() if scheme != declared.default}
     return replace(config, quantization=Quantization(declared.default, exceptions))
 
