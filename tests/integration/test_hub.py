@@ -15,6 +15,7 @@ from qwen4b_asr.weights import hub_transfer
 from qwen4b_asr.weights.catalog import Source, any_source
 from qwen4b_asr.weights.hub import Hub
 from tests.helpers.hub_server import COMMIT, free_port, serving, sha256
+from tests.helpers.weights_process import PACKAGE_PARENT
 
 WEIGHTS = bytes(range(256)) * 4096  # 1 MiB
 FILES = {"config.json": b"{}", "tokenizer.json": b"[1]", "model.safetensors": WEIGHTS, "README.md": b"?", "x.bin": b"?"}
@@ -153,7 +154,8 @@ Hub(pathlib.Path(sys.argv[1]), sys.argv[2]).fetch(any_source("ann/model"))
 
 def test_a_killed_run_is_taken_up_by_the_next(hub, server):
     server.stall_after = 700_000
-    run = subprocess.Popen([sys.executable, "-c", KILLED, str(hub.folder), server.address])
+    command = [sys.executable, "-c", KILLED, str(hub.folder), server.address]
+    run = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(PACKAGE_PARENT)})
     assert server.stalled.wait(60)
     partial = blobs(hub) / f"{sha256(WEIGHTS)}.incomplete"
     while not partial.exists() or not partial.stat().st_size:

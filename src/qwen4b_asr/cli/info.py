@@ -51,9 +51,8 @@ def _look_up(name: str) -> list[tuple[str, str | None, Description]]:
     local = file if file.is_file() else find_local(name, hub=hub)
     if local is not None:
         description = describe_path(local)
-        licence = known.licence if known is not None else None
-        if description.manifest is not None:
-            licence = load_manifest(description.manifest).licence
+        licences = [load_manifest(name).licence for name in description.manifests]
+        licence = "; ".join(dict.fromkeys(licences)) or (known.licence if known is not None else None)
         return [(str(local), licence, description)]
     source = parse_repo(name)
     parts = list(known.parts.values()) if known is not None else [source] if source is not None else []
@@ -102,7 +101,7 @@ def _json(place: str, licence: str | None, description: Description) -> str:
         "title": description.title,
         "path": place,
         "licence": licence,
-        "manifest": description.manifest,
+        "manifests": list(description.manifests),
         "quantization": description.quantization,
         "parts": [_object(part) for part in description.parts],
         "total": _object(description.total),

@@ -11,11 +11,12 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, ModelNotFoundError
-from .manifest import load_manifest, read_schema
+from .manifest import Manifest, load_manifest, read_schema
 from .paths import weights_data
 
 FILE_NAME = "catalog.json"
@@ -40,7 +41,8 @@ _MODEL_KEYS: dict[str, type | tuple[type, ...]] = {
     "parts": dict,
     "aliases": list,
 }
-_ITEM_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
+_ITEM_BYTES = {"F64": 8, "F32": 4, "U32": 4, "BF16": 2, "F16": 2}
+_PACKED = "U32"
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _REVISION = re.compile(r"[\w.-]+(?:/[\w.-]+)*")
 
@@ -85,7 +87,7 @@ class Source:
         if self.stated_bytes is not None or self.manifest is None:
             return self.stated_bytes
         manifest = load_manifest(self.manifest)
-        return manifest.parameters * _ITEM_BYTES[manifest.dtype]
+        return sum(prod(shape) * _ITEM_BYTES[stored_dtype(manifest, name)] for name, shape in manifest.tensors.items())
 
     def choose(self, names: Iterable[str]) -> list[str]:
         """Return the files of a listing that are needed or wanted, in the listing's order."""
@@ -155,6 +157,14 @@ def matches(name: str, pattern: str) -> bool:
     """Whether a path matches a pattern, folder by folder: ``*`` does not reach across a slash."""
     names, patterns = name.split("/"), pattern.split("/")
     return len(names) == len(patterns) and all(map(fnmatchcase, names, patterns))
+
+
+def stored_dtype(manifest: Manifest, name: str) -> str:
+    """Return the type of one tensor; of a manifest's two (``U32, BF16``) the first is that of tensors with scales."""
+    first, _, rest = manifest.dtype.partition(", ")
+    stem, _, last = name.rpartition(".")
+    packed = first == _PACKED and last == "weight" and f"{stem}.scales" in manifest.tensors
+    return first if packed or not rest else rest
 
 
 def load_catalog(folder: Path | None = None) -> dict[str, KnownModel]:

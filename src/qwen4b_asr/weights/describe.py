@@ -10,6 +10,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from .catalog import stored_dtype
 from .checkpoint import open_checkpoint
 from .manifest import Manifest, load_manifest, manifest_names
 from .safetensors_file import INDEX_FILE, SINGLE_FILE
@@ -46,13 +47,13 @@ class Description:
     Args:
         title: What it is.
         parts: Its parts, in the order of the file.
-        manifest: The manifest that names exactly these tensors, if there is one.
+        manifests: The manifests that name exactly these tensors; models of one shape share them.
         quantization: ``bits`` and ``group_size`` of what is quantised, if anything is.
     """
 
     title: str
     parts: tuple[PartInfo, ...]
-    manifest: str | None = None
+    manifests: tuple[str, ...] = ()
     quantization: Mapping[str, Any] | None = None
 
     @property
@@ -85,30 +86,33 @@ def describe_path(path: Path) -> Description:
     settings = _settings(path)
     quantization = _quantization(settings)
     tensors = [_Tensor(ref.name, ref.shape, ref.dtype) for ref in refs.values()]
-    manifest = identify(refs)
+    manifests = identify(refs)
     if "schema" in settings:
         title = f"model directory {settings.get('name') or path.name}"
     else:
-        title = f"{manifest} by its tensors" if manifest else "unknown checkpoint"
-    return Description(title, _parts(tensors, quantization), manifest, quantization)
+        title = f"{' or '.join(manifests)} by its tensors" if manifests else "unknown checkpoint"
+    return Description(title, _parts(tensors, quantization), manifests, quantization)
 
 
 def describe_manifest(manifest: Manifest) -> Description:
     """Describe what a published checkpoint holds that is not on this machine."""
-    tensors = [_Tensor(name, shape, manifest.dtype) for name, shape in manifest.tensors.items()]
-    return Description(f"{manifest.name} by its manifest", _parts(tensors), manifest.name)
+    tensors = [_Tensor(name, shape, stored_dtype(manifest, name)) for name, shape in manifest.tensors.items()]
+    return Description(
+        f"{manifest.name} by its manifest", _parts(tensors, _quantization(manifest.config)), (manifest.name,)
+    )
 
 
-def identify(refs: Mapping[str, TensorRef]) -> str | None:
-    """Return the name of the manifest that a checkpoint's names and shapes fit exactly, or None."""
+def identify(refs: Mapping[str, TensorRef]) -> tuple[str, ...]:
+    """Return the names of the manifests that a checkpoint's names and shapes fit exactly."""
     shapes = {name: ref.shape for name, ref in refs.items()}
+    fitting = []
     for name in manifest_names():
         manifest = load_manifest(name)
         needed = dict(manifest.tensors)
         more = {key: shape for key, shape in shapes.items() if key not in needed}
         if needed.items() <= shapes.items() and more.items() <= dict(manifest.optional).items():
-            return name
-    return None
+            fitting.append(name)
+    return tuple(fitting)
 
 
 def _weights_in(path: Path) -> Path:
