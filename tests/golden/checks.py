@@ -263,16 +263,16 @@ def clip_samples(clip: str) -> mx.array:
     return waveform("speech")[first:last]
 
 
-def require_one_set() -> None:
-    """Refuse a generation file made with other weights than the encoder and adaptor files hold."""
-    for name in ("encoder", "adaptor"):
+def require_one_set(built: str = "generation", parts: tuple[str, ...] = ("encoder", "adaptor")) -> None:
+    """Refuse a file that was built on other weights than the files of those parts hold."""
+    for name in parts:
         digest = hashlib.sha256()
         weights = {key: value for key, value in golden(name).tensors.items() if key.startswith("weight/")}
         for key in sorted(weights):
             digest.update(key.encode() + weights[key].tobytes())
-        if digest.hexdigest()[:16] != golden("generation").fact(f"{name}_weights"):
+        if digest.hexdigest()[:16] != golden(built).fact(f"{name}_weights"):
             raise StaleGolden(
-                f"generation.safetensors was made with another {name}: {golden('generation').metadata['regenerate']}"
+                f"{built}.safetensors was made with another {name}: {golden(built).metadata['regenerate']}"
             )
 
 

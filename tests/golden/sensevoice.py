@@ -13,6 +13,7 @@ import numpy as np
 
 from qwen4b_asr import ctc, encoder, pieces, rich, rich_decoding
 
+from . import checks
 from .support import GoldenMismatch, compare_ids, fill, golden
 
 VOCABULARIES = ("tags", "controls", "bytes", "bytes_bare", "speech")
@@ -106,18 +107,36 @@ def check_text(item: int) -> None:
     require_equal(rich.emoji_text(found.raw), wanted["post"], f"text with signs of utterance {item}")
 
 
-def check_words(item: int) -> None:
-    """Words and their times; the original truncates its float milliseconds, so they may be one less."""
-    found, wanted = recognise(item)
+def require_times(found: rich_decoding.RichRecognition, wanted: dict[str, Any], what: str) -> None:
+    """Compare words and times; the original truncates its float milliseconds, so they may be one less."""
     words, times = wanted["words"] or [], wanted["times_ms"] or []
-    require_equal([w.text for w in found.words], [w.removeprefix("\u2581") for w in words], f"words of {item}")
+    require_equal([w.text for w in found.words], [w.removeprefix("\u2581") for w in words], f"words of {what}")
     off = [
         abs(round(1000 * ours) - theirs)
         for word, span in zip(found.words, times, strict=True)
         for ours, theirs in zip((word.start, word.end), span, strict=True)
     ]
     if max(off, default=0) > 1:
-        raise GoldenMismatch(f"times of utterance {item}: off by {off} ms")
+        raise GoldenMismatch(f"times of {what}: off by {off} ms")
+
+
+def check_words(item: int) -> None:
+    """Words and their times."""
+    found, wanted = recognise(item)
+    require_times(found, wanted, f"utterance {item}")
+
+
+def check_sound() -> None:
+    """Ids and word times of a recording, from its samples."""
+    checks.require_one_set("sensevoice", ("encoder",))
+    wanted, head = golden("sensevoice").fact("sound"), golden("sensevoice").weights("sound/")
+    config = encoder.EncoderConfig(**wanted["config"])
+    model = fill(encoder.SenseVoiceEncoder(config), golden("encoder").weights() | head)
+    states, _ = model(checks.build_frontend()(checks.waveform("speech"))[None])
+    found = rich_decoding.RichDecoder(table("speech"))(model.ctc_logits(states)[0])
+    compare_ids(list(found.ids), wanted["ids"], "recording")
+    require_equal(found.raw, wanted["text"], "text of the recording")
+    require_times(found, wanted, "the recording")
 
 
 def check_banned(item: int) -> None:

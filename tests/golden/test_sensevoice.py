@@ -11,11 +11,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from qwen4b_asr import ctc, encoder, pieces, rich, rich_decoding
+from qwen4b_asr import ctc, encoder, features, pieces, rich, rich_decoding
 from qwen4b_asr.rich import RichText
 
 from . import sensevoice
-from .planting import Defects, Patch
+from .planting import Defects, Patch, override
 
 CASES = [(name, case) for name, (_, cases) in sensevoice.CHECKS.items() for case in cases]
 
@@ -28,6 +28,10 @@ def test_as_the_original(name: str, case: Any) -> None:
 
 def test_tagged_texts() -> None:
     sensevoice.check_rich()
+
+
+def test_from_sound() -> None:
+    sensevoice.check_sound()
 
 
 def test_fields() -> None:
@@ -89,6 +93,11 @@ def another_language_asked_for(patch: Patch) -> None:
 def style_queries_swapped(patch: Patch) -> None:
     patch.setattr(encoder, "WITH_ITN_QUERY", 15)
     patch.setattr(encoder, "WITHOUT_ITN_QUERY", 14)
+
+
+@DEFECTS.noticed_by(sensevoice.check_sound)
+def samples_in_the_unit_range(patch: Patch) -> None:
+    override(patch, features.FrontendConfig, input_scale=1.0)
 
 
 @DEFECTS.noticed_by(partial(sensevoice.check_all, "batch"))

@@ -17,12 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import reference as ref
 import sentencepiece
 import torch
 from funasr.models.sense_voice.utils.ctc_alignment import ctc_forced_align
 from funasr.tokenizer.sentencepiece_tokenizer import SentencepiecesTokenizer
 from funasr.utils.postprocess_utils import rich_transcription_postprocess
-from golden_stages import SEED, Tensors, encoder_model, numpy, save, weights
+from golden_stages import DATA, ENCODER, SEED, Tensors, encoder_model, fingerprint, numpy, save, sources, weights
+from safetensors.numpy import load_file
 
 TAGS = [
     "<|zh|>", "<|en|>", "<|yue|>", "<|ja|>", "<|ko|>", "<|nospeech|>", "<|HAPPY|>", "<|SAD|>", "<|ANGRY|>",
@@ -113,6 +115,13 @@ def queries(model: Any, language: str, use_itn: bool) -> torch.Tensor:
     return torch.tensor([[model.lid_dict[language], 1, 2, model.textnorm_dict["withitn" if use_itn else "woitn"]]])
 
 
+def lead(scores: torch.Tensor, path: torch.Tensor) -> float:
+    """Return by how much the symbols of a path (R,) lead in scores (R, V), in the row where it is least."""
+    chosen = scores.gather(1, path[:, None])[:, 0]
+    rivals = scores.scatter(1, path[:, None], float("-inf")).max(dim=1).values
+    return float((chosen - rivals).min())
+
+
 def teach(model: Any, path: list[int], rows: int, language: str, use_itn: bool, seed: int) -> torch.Tensor:
     """Train features (rows, F) until the model's best symbols are `path`, query rows first."""
     features = torch.randn(1, rows, MODEL["input_size"], generator=torch.Generator().manual_seed(seed))
@@ -124,13 +133,11 @@ def teach(model: Any, path: list[int], rows: int, language: str, use_itn: bool, 
     for step in range(1500):
         states, _ = model.encoder(torch.cat([asked, features], dim=1), torch.tensor([rows + 4]))
         scores = model.ctc.log_softmax(states)[0]
-        chosen = scores.gather(1, target[:, None])[:, 0]
-        rival = scores.scatter(1, target[:, None], -1e9).max(dim=1).values
-        if float((chosen - rival).min()) > 4 * MARGIN:
+        if lead(scores, target) > 4 * MARGIN:
             print(f"  said after {step} steps")
             return features.detach()[0]
         optimiser.zero_grad()
-        (-chosen.sum()).backward()
+        (-scores.gather(1, target[:, None]).sum()).backward()
         optimiser.step()
     raise SystemExit("the features do not learn what to say: choose another seed")
 
@@ -142,7 +149,7 @@ def recognise(
     items = list(features)
     lengths = torch.tensor([len(item) for item in items])
     padded = 3.0 * torch.randn(
-        len(items), int(lengths.max()), MODEL["input_size"], generator=torch.Generator().manual_seed(5)
+        len(items), int(lengths.max()), items[0].shape[1], generator=torch.Generator().manual_seed(5)
     )
     for place, item in enumerate(items):
         padded[place, : len(item)] = item
@@ -209,6 +216,45 @@ def make_speech(out: Tensors, vocabulary: bytes) -> dict[str, Any]:
     return {"config": config, "singles": singles, "batch": batch}
 
 
+def make_sound(out: Tensors, vocabulary: bytes) -> dict[str, Any]:
+    """Teach a new CTC head over the encoder of encoder.safetensors to say a real recording's words from its sound."""
+    processor = sentencepiece.SentencePieceProcessor(model_proto=vocabulary)
+    held = load_file(DATA / "encoder.safetensors")
+    held = {key: value for key, value in held.items() if key.startswith("weight/")}
+    config = ENCODER | {"vocab_size": processor.GetPieceSize()}
+    model = ref.build_encoder(config)
+    state = {
+        key.removeprefix("weight/"): torch.from_numpy(value) for key, value in held.items() if ".ctc_lo." not in key
+    }
+    if not all(key.startswith("ctc.") for key in model.load_state_dict(state, strict=False).missing_keys):
+        raise SystemExit("encoder.safetensors holds another encoder")
+    tags, words, *_ = UTTERANCES[0]
+    excerpt, mvn = sources()
+    features = ref.run_frontend(ref.frontend(mvn), excerpt.astype(np.float32) / 32768)
+    states = ref.encode(model, features[None], [len(features)])[0]
+    ids = [processor.PieceToId(f"{tag}>") for tag in tags.split(">")[:-1]] + processor.EncodeAsIds(words)
+    path = torch.tensor(ids[:4] + spread(ids[4:], len(features), random.Random(SEED + 350)))
+    torch.manual_seed(SEED + 351)
+    head = torch.nn.Linear(states.shape[1], config["vocab_size"])
+    optimiser = torch.optim.Adam(head.parameters(), lr=0.1)
+    with torch.enable_grad():
+        # No longer than needed: a head that is too sure of itself would forgive wrong features.
+        while lead(scores := head(states), path) < 4 * MARGIN:
+            optimiser.zero_grad()
+            torch.nn.functional.cross_entropy(scores, path).backward()
+            optimiser.step()
+    model.ctc.ctc_lo.load_state_dict(head.state_dict())
+    margin = margin_of(model, features, "auto", False)
+    print(f"  from sound: leads by {margin:.2f}")
+    with tempfile.NamedTemporaryFile(suffix=".model") as file:
+        Path(file.name).write_bytes(vocabulary)
+        (found,) = recognise(model, Recorder(file.name), [features], output_timestamp=True)
+    if found["ids"] != ids or margin < MARGIN:
+        raise SystemExit(f"{found} does not say {ids}, or not for sure")
+    out["sound/ctc.ctc_lo.weight"], out["sound/ctc.ctc_lo.bias"] = numpy(head.weight), numpy(head.bias)
+    return {"sound": found | {"config": config}, "encoder_weights": fingerprint(held)}
+
+
 def make_alignments(out: Tensors) -> None:
     """Record forced alignments of random texts, doubled symbols among them, in noise."""
     random_numbers = np.random.default_rng(SEED + 320)
@@ -259,7 +305,7 @@ def make_sensevoice() -> None:
     speech = train(vocab_size=115, user_defined_symbols=TAGS, add_dummy_prefix=False)
     out["vocabulary/speech"] = np.frombuffer(speech, np.uint8)
     decoded["speech"] = decoded_pieces(speech, stream)
-    facts = make_speech(out, speech)
+    facts = make_speech(out, speech) | make_sound(out, speech)
     make_alignments(out)
     facts["sentencepiece"] = importlib.metadata.version("sentencepiece")
     save("sensevoice", out, decoded=decoded, rich=make_rich(), **facts)
