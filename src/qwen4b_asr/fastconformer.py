@@ -101,7 +101,7 @@ def align_distances(scores: mx.array) -> mx.array:
     """
     batch, heads, rows, distances = scores.shape
     strides = (heads * rows * distances, rows * distances, distances - 1, 1)
-    return mx.as_strided(scores, (batch, heads, rows, rows), strides, offset=rows - 1)
+    return mx.as_strided(mx.contiguous(scores), (batch, heads, rows, rows), strides, offset=rows - 1)
 
 
 def keep_rows(x: mx.array, mask: mx.array | None) -> mx.array:

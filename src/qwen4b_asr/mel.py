@@ -155,13 +155,16 @@ class MelFrontend(nn.Module):
             samples: Waveform (N,), float, in [-1, 1], at ``config.sample_rate``.
 
         Returns:
-            (T, F), float32, with T = N // frame_shift. A single frame has no deviation and becomes zeros.
+            (T, F), float32, with T = N // frame_shift. Zeros where nothing deviates: in silence, in a single frame.
 
         Raises:
             ValueError: If the waveform is not one-dimensional or shorter than one hop.
         """
         frames = self.log_mel(samples)
-        centred = frames - mx.mean(frames, axis=0)
+        # Counted from the first frame the mean is exact where nothing changes: digital silence becomes zeros. By the
+        # plain mean its rounding, divided by no more than the guard, became a constant that no two devices agree on.
+        changes = frames - frames[:1]
+        centred = changes - mx.mean(changes, axis=0)
         variance = mx.sum(mx.square(centred), axis=0) / max(frames.shape[0] - 1, 1)
         return centred / (mx.sqrt(variance) + self.config.norm_guard)
 

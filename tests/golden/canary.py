@@ -20,7 +20,7 @@ from .checks import run_generation, waveform
 from .support import compare, compare_ids, golden, recorded
 
 MEL_INPUTS = (
-    "noise_320", "noise_401", "noise_559", "noise_560", "noise_1360", "sine", "silence", "offset", "clipped",
+    "noise_320", "noise_401", "noise_559", "noise_560", "noise_1360", "sine", "offset", "clipped",
     "impulse", "speech",
 )  # fmt: skip
 
@@ -70,7 +70,8 @@ def check_mel(name: str) -> None:
 
 def check_log_mel() -> None:
     """Mel energies near the guard, before normalisation."""
-    compare(build_frontend().log_mel(canary_waveform("faint")), golden("canary")["log/faint"], "fbank", "faint")
+    for name in ("faint", "silence"):
+        compare(build_frontend().log_mel(canary_waveform(name)), golden("canary")[f"log/{name}"], "fbank", name)
 
 
 def check_mel_rounded() -> None:

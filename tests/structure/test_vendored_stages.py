@@ -71,6 +71,30 @@ adaptor = Adaptor(AdaptorConfig(input_size=16, hidden_size=24, output_size=20, n
 rows = adaptor(mx.random.normal((1, 5, 16)), mx.ones((1, 5), mx.bool_))
 print(rows.shape, (rows ** 2).sum().item())
 """,
+    "mel": """
+import mlx.core as mx
+from .mel import MelConfig, MelFrontend
+frames = MelFrontend(MelConfig())(mx.sin(mx.arange(16000) ** 1.5 * 0.01))
+print(frames.shape, (frames ** 4).sum().item())
+""",
+    "fastconformer": """
+import mlx.core as mx
+from .fastconformer import FastConformerConfig, FastConformerEncoder
+mx.random.seed(1)
+config = FastConformerConfig(input_size=16, output_size=16, attention_heads=2, linear_units=24, num_blocks=2,
+                             kernel_size=3, subsampling_channels=4)
+encoder = FastConformerEncoder(config)
+states, mask = encoder(mx.random.normal((2, 40, 16)), mx.array([[True] * 40, [True] * 9 + [False] * 31]))
+encoder.fold_batch_norms()
+print(states.shape, mask.tolist(), mx.where(mask[..., None], mx.abs(states), 0).sum().item())
+""",
+    "projection": """
+import mlx.core as mx
+from .projection import Projection, ProjectionConfig
+mx.random.seed(1)
+rows = Projection(ProjectionConfig(input_size=16, output_size=20))(mx.random.normal((1, 5, 16)))
+print(rows.shape, (rows ** 2).sum().item())
+""",
     "prompt": """
 from .prompt import PROFILES, PromptConfig, prompt_pieces
 print([prompt_pieces(PromptConfig(), name) for name in PROFILES])
@@ -128,7 +152,19 @@ finally:
     path.parent.rmdir()
 """,
 }
-MLX_ONLY = {"kernels.fsmn", "features", "encoder", "adaptor", "prompt", "decoder cache", "sampling", "generate"}
+MLX_ONLY = {
+    "kernels.fsmn",
+    "features",
+    "mel",
+    "encoder",
+    "fastconformer",
+    "projection",
+    "adaptor",
+    "prompt",
+    "decoder cache",
+    "sampling",
+    "generate",
+}
 # What a needed package brings along.
 BROUGHT = {"soundfile": ["_soundfile", "_soundfile_data", "cffi", "_cffi_backend", "pycparser", "typing_extensions"]}
 
