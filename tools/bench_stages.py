@@ -100,15 +100,18 @@ def build(setup: dict[str, Any]) -> dict[str, Callable[[], Any]]:
     import mlx.core as mx
     import numpy as np
 
-    from qwen4b_asr.adaptor import Adaptor
+    from qwen4b_asr.adaptor import Adaptor, AdaptorConfig
     from qwen4b_asr.cache import KVCache
     from qwen4b_asr.config import ModelConfig
     from qwen4b_asr.decoder import Qwen3
-    from qwen4b_asr.encoder import SenseVoiceEncoder
-    from qwen4b_asr.features import Frontend
+    from qwen4b_asr.encoder import EncoderConfig, SenseVoiceEncoder
+    from qwen4b_asr.features import Frontend, FrontendConfig
 
     config = ModelConfig.from_dict(setup["config"])
     samples = mx.array(np.random.default_rng(0).standard_normal(setup["samples"]).astype(np.float32) * 0.1)
+    assert isinstance(config.frontend, FrontendConfig)
+    assert isinstance(config.encoder, EncoderConfig)
+    assert isinstance(config.adaptor, AdaptorConfig)
     front, encoder, adaptor = Frontend(config.frontend), SenseVoiceEncoder(config.encoder), Adaptor(config.adaptor)
     for part in (front, encoder, adaptor):
         part.eval()
@@ -124,6 +127,7 @@ def build(setup: dict[str, Any]) -> dict[str, Callable[[], Any]]:
     if config.encoder.vocab_size:
         stages["ctc head"] = lambda: mx.eval(encoder.ctc_logits(states))
     if setup["decoder"]:
+        assert config.decoder is not None
         decoder = Qwen3(config.decoder)
         decoder.eval()
         mx.eval(decoder.parameters())

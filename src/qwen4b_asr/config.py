@@ -11,15 +11,30 @@ from typing import Any, TypeVar
 
 from .adaptor import AdaptorConfig
 from .decoder import DecoderConfig
-from .encoder import NUM_QUERY_FRAMES, EncoderConfig
+from .encoder import EncoderConfig
 from .errors import ConfigError
+from .fastconformer import FastConformerConfig
 from .features import FrontendConfig
+from .mel import MelConfig
+from .nano_adaptor import NanoAdaptorConfig, NanoCtcConfig
+from .nano_prompt import NanoPromptConfig
+from .projection import ProjectionConfig
 from .prompt import PromptConfig
 
 SCHEMA = 1
 FILE_NAME = "config.json"
 
 T = TypeVar("T")
+
+STAGES: dict[str, tuple[type[Any], ...]] = {
+    "frontend": (FrontendConfig, MelConfig),
+    "encoder": (EncoderConfig, FastConformerConfig),
+    "adaptor": (AdaptorConfig, NanoAdaptorConfig, ProjectionConfig),
+    "decoder": (DecoderConfig,),
+    "ctc": (NanoCtcConfig,),
+    "prompt": (PromptConfig, NanoPromptConfig),
+}
+"""What may stand in each place. ``kind`` in a file chooses; without it the first is meant."""
 
 
 @dataclass(frozen=True)
@@ -59,47 +74,98 @@ class GenerationConfig:
 class ModelConfig:
     """Everything about a model that is not a weight.
 
+    A model writes text with its language model, from what the adaptor makes of the audio states, or, without the two,
+    with its CTC head.
+
     Args:
         name: What the model calls itself.
         frontend: Waveform to features.
         encoder: Features to audio states.
-        adaptor: Audio states to decoder rows.
-        decoder: Language model.
-        prompt: How it wants to be asked.
+        adaptor: Audio states to decoder rows; None in a model without a language model.
+        decoder: Language model; None in a model that has only its CTC head.
+        ctc: CTC branch beside the adaptor; None where the encoder has its own head, or there is none.
+        prompt: How it wants to be asked; None in a model without a language model.
         generation: Decoding defaults.
-        ctc_symbols: Text of each CTC symbol, the blank an empty string; None where only ids are known.
+        ctc_symbols: Text of each CTC symbol, the blank an empty string; None where only ids are known, or a file of
+            pieces lies beside the weights.
     """
 
     name: str = "funasr-qwen4b"
-    frontend: FrontendConfig = field(default_factory=FrontendConfig)
-    encoder: EncoderConfig = field(default_factory=EncoderConfig)
-    adaptor: AdaptorConfig = field(default_factory=AdaptorConfig)
-    decoder: DecoderConfig = field(default_factory=DecoderConfig)
-    prompt: PromptConfig = field(default_factory=PromptConfig)
+    frontend: FrontendConfig | MelConfig = field(default_factory=FrontendConfig)
+    encoder: EncoderConfig | FastConformerConfig = field(default_factory=EncoderConfig)
+    adaptor: AdaptorConfig | NanoAdaptorConfig | ProjectionConfig | None = field(default_factory=AdaptorConfig)
+    decoder: DecoderConfig | None = field(default_factory=DecoderConfig)
+    ctc: NanoCtcConfig | None = None
+    prompt: PromptConfig | NanoPromptConfig | None = field(default_factory=PromptConfig)
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     ctc_symbols: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        for left, a, right, b in (
-            ("frontend output", self.frontend.output_size, "encoder.input_size", self.encoder.input_size),
-            ("encoder.output_size", self.encoder.output_size, "adaptor.input_size", self.adaptor.input_size),
-            ("adaptor.output_size", self.adaptor.output_size, "decoder.hidden_size", self.decoder.hidden_size),
-        ):
+        self._check_parts()
+        for left, a, right, b in self._joints():
             if a != b:
                 raise ValueError(f"[ModelConfig] {left} must equal {right} but got {a} and {b}")
-        for token in self.generation.stop_token_ids:
-            if not 0 <= token < self.decoder.vocab_size:
-                raise ValueError(f"[ModelConfig] stop tokens must lie below {self.decoder.vocab_size} but got {token}")
+        if self.decoder is not None:
+            for token in self.generation.stop_token_ids:
+                if not 0 <= token < self.decoder.vocab_size:
+                    raise ValueError(
+                        f"[ModelConfig] stop tokens must lie below {self.decoder.vocab_size} but got {token}"
+                    )
         if self.ctc_symbols is not None:
             object.__setattr__(self, "ctc_symbols", tuple(self.ctc_symbols))
-            if len(self.ctc_symbols) != self.encoder.vocab_size:
-                wanted, got = self.encoder.vocab_size, len(self.ctc_symbols)
-                raise ValueError(f"[ModelConfig] ctc_symbols must hold {wanted} texts but got {got}")
+            if len(self.ctc_symbols) != self.ctc_size:
+                raise ValueError(
+                    f"[ModelConfig] ctc_symbols must hold {self.ctc_size} texts but got {len(self.ctc_symbols)}"
+                )
+
+    def _check_parts(self) -> None:
+        together = [self.adaptor is None, self.decoder is None, self.prompt is None]
+        if len(set(together)) > 1:
+            raise ValueError("[ModelConfig] adaptor, decoder and prompt must be all there or all missing")
+        if self.decoder is None and not self.ctc_size:
+            raise ValueError("[ModelConfig] a model without a decoder must have a CTC head")
+        if self.ctc is not None and self._encoder_symbols:
+            raise ValueError("[ModelConfig] ctc must be None where the encoder has its own CTC head")
+
+    def _joints(self) -> list[tuple[str, int, str, int]]:
+        states = ("encoder.output_size", self.encoder.output_size)
+        joints = [("frontend output", self.frontend.output_size, "encoder.input_size", self.encoder.input_size)]
+        if self.adaptor is not None and self.decoder is not None:
+            joints.append((*states, "adaptor.input_size", self.adaptor.input_size))
+            joints.append(
+                ("adaptor.output_size", self.adaptor.output_size, "decoder.hidden_size", self.decoder.hidden_size)
+            )
+        if self.ctc is not None:
+            joints.append((*states, "ctc.transformer.input_size", self.ctc.transformer.input_size))
+        return joints
+
+    @property
+    def _encoder_symbols(self) -> int:
+        return self.encoder.vocab_size if isinstance(self.encoder, EncoderConfig) else 0
+
+    @property
+    def ctc_size(self) -> int:
+        """Symbols of the CTC head, 0 if there is none."""
+        return self._encoder_symbols if self.ctc is None else self.ctc.vocab_size
+
+    @property
+    def ctc_blank(self) -> int:
+        """The CTC blank."""
+        if self.ctc is not None:
+            assert self.ctc.blank_id is not None  # its own check fills it in
+            return self.ctc.blank_id
+        return self.encoder.blank_id if isinstance(self.encoder, EncoderConfig) else 0
+
+    @property
+    def query_frames(self) -> int:
+        """Rows at the start of the audio states that are no audio."""
+        return self.encoder.query_frames if isinstance(self.encoder, EncoderConfig) else 0
 
     @property
     def dropped_rows(self) -> int:
         """Rows at the start of the audio states that the decoder does not get."""
-        return NUM_QUERY_FRAMES if self.prompt.query_frames == "drop" else 0
+        drops = isinstance(self.prompt, PromptConfig) and self.prompt.query_frames == "drop"
+        return self.query_frames if drops else 0
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values, the schema number first."""
@@ -122,17 +188,12 @@ class ModelConfig:
             raise ConfigError(
                 f"{source}: schema {SCHEMA} is needed but the file has {schema!r}; convert the model again"
             )
-        stages: dict[str, type[Any]] = {
-            "frontend": FrontendConfig,
-            "encoder": EncoderConfig,
-            "adaptor": AdaptorConfig,
-            "decoder": DecoderConfig,
-            "prompt": PromptConfig,
-            "generation": GenerationConfig,
-        }
-        for name, stage in stages.items():
-            if name in values:
-                values[name] = _build(stage, values[name], f"{source}: {name}")
+        for name, kinds in STAGES.items():
+            if values.get(name) is not None:
+                where = f"{source}: {name}"
+                values[name] = _build(_kind(kinds, values[name], where), values[name], where)
+        if "generation" in values:
+            values["generation"] = _build(GenerationConfig, values["generation"], f"{source}: generation")
         return _build(cls, values, source)
 
     def save(self, directory: str | Path) -> None:
@@ -157,6 +218,18 @@ class ModelConfig:
         if not isinstance(values, dict):
             raise ConfigError(f"{path}: a JSON object is needed but it holds {type(values).__name__}")
         return cls.from_dict(values, source=str(path))
+
+
+def _kind(kinds: tuple[type[Any], ...], values: Any, source: str) -> type[Any]:
+    """Choose a configuration's class by its ``kind``."""
+    kind = values.get("kind") if isinstance(values, Mapping) else None
+    if kind is None:
+        return kinds[0]
+    known = {getattr(cls, "kind", None): cls for cls in kinds}
+    if kind not in known:
+        names = ", ".join(repr(name) for name in known if name is not None) or "none"
+        raise ConfigError(f"{source}: unknown kind {kind!r}; known are {names}")
+    return known[kind]
 
 
 def _build(cls: type[T], values: Any, source: str) -> T:

@@ -148,12 +148,15 @@ class NanoAdaptor(nn.Module):
         self.linear2 = nn.Linear(config.hidden_size, config.output_size)
         self.blocks = [NanoBlock(config) for _ in range(config.num_layers)]
 
-    def __call__(self, audio_states: mx.array, mask: mx.array | None = None) -> mx.array:
+    def __call__(
+        self, audio_states: mx.array, mask: mx.array | None = None, *, low_frame_rate: bool | None = None
+    ) -> mx.array:
         """Project audio states, and keep the rows for the decoder.
 
         Args:
             audio_states: (B, L, D).
             mask: (B, L), bool, True on real rows, which come first; None when there is no padding.
+            low_frame_rate: Overrides the configuration's rule for the rows that are kept.
 
         Returns:
             Audio embeddings (B, A, H), A = ``config.rows_kept(L)``. Of an item with n real rows in a padded batch, the
@@ -170,7 +173,9 @@ class NanoAdaptor(nn.Module):
         x = self.linear2(nn.relu(self.linear1(audio_states.astype(self.linear1.weight.dtype))))
         for block in self.blocks:
             x = block(x, mask)
-        return x[:, : self.config.rows_kept(rows)]
+        if low_frame_rate is None:
+            low_frame_rate = self.config.low_frame_rate
+        return x[:, : rows_kept(rows)] if low_frame_rate else x
 
 
 def _ctc_transformer() -> NanoAdaptorConfig:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,52 +19,48 @@ from .audio import SAMPLE_RATE, Source, load_audio
 from .config import ModelConfig
 from .errors import PromptError
 from .generate import Generation, GenerationOptions
+from .listen import Listener, Stopwatch
 from .model import SpeechModel
-from .prompt import chat_prompt, prompt_pieces, spell, splice
+from .nano_adaptor import NanoAdaptorConfig
+from .nano_prompt import NanoPromptConfig, NanoTurn, instruction, nano_rows
+from .pieces import PieceTable
+from .prompt import PromptConfig, chat_prompt, prompt_pieces, spell, splice
+from .recognise import Recogniser, find_pieces
 from .sampling import SamplingOptions
 from .segment import split_at_pauses
 from .text import CleanStream, clean_text, join_segments
 from .tokenizer import Tokenizer
-from .transcript import Segment, TranscribeOptions, Transcript
+from .transcript import OnToken, Segment, TranscribeOptions, Transcript, Turn
 from .weights.find import find_model
 from .weights.load import load_model
-
-OnToken = Callable[[str], None]
 
 _TRANSLATE = "Translate to English: "
 
 
-class Stopwatch:
-    """Adds up the seconds that each named stage takes."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Time the block under `name`; what it computes must be evaluated inside."""
-        start = time.perf_counter()
-        yield
-        self.add(name, time.perf_counter() - start)
-
-    def add(self, name: str, seconds: float) -> None:
-        """Add seconds to a stage."""
-        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
-
-
-class Transcriber:
-    """A loaded model, ready to transcribe.
+class Transcriber(Listener):
+    """A loaded model whose language model writes the text.
 
     Args:
         model: The network, weights filled in.
         config: Its configuration.
         tokenizer: Its tokenizer.
+        pieces: Text of the symbols of its CTC head, if it has one that the configuration does not spell.
     """
 
-    def __init__(self, model: SpeechModel, config: ModelConfig, tokenizer: Tokenizer) -> None:
-        self.model = model
-        self.config = config
+    def __init__(
+        self, model: SpeechModel, config: ModelConfig, tokenizer: Tokenizer, pieces: PieceTable | None = None
+    ) -> None:
+        super().__init__(model, config)
         self.tokenizer = tokenizer
+        self.pieces = pieces
+
+    def recogniser(self) -> Recogniser:
+        """Return the CTC head of the same loaded model as a recogniser of its own.
+
+        Raises:
+            ConfigError: If the model has none.
+        """
+        return Recogniser(self.model, self.config, self.pieces)
 
     def transcribe(
         self,
@@ -93,6 +87,8 @@ class Transcriber:
             TypeError: On an unknown option.
         """
         chosen = TranscribeOptions.of(options)
+        if chosen.decoder not in (None, "llm"):
+            return self.recogniser().transcribe(source, sample_rate, on_token=on_token, **options)
         watch = Stopwatch()
         with watch.stage("audio"):
             samples = load_audio(source, sample_rate)
@@ -110,7 +106,7 @@ class Transcriber:
         sample_rate: int | None = None,
         *,
         language: str = "auto",
-        use_itn: bool = False,
+        use_itn: bool | None = None,
     ) -> mx.array:
         """Turn a recording into the rows that the decoder reads in place of token embeddings.
 
@@ -214,14 +210,8 @@ class Transcriber:
         emit: OnToken | None,
         watch: Stopwatch,
     ) -> tuple[Generation, str]:
-        before, after = prompt_pieces(self.config.prompt, options.prompt_profile, options.task)
         decoder = self.model.decoder
-        rows = splice(
-            self._spell(before),
-            self._audio_embeddings(samples, options, watch)[0],
-            self._spell(after),
-            decoder.embed,
-        )
+        rows = self._prompt_rows(self._audio_embeddings(samples, options, watch)[0], options, watch)
         generation = Generation(decoder, rows, self._generation_options(samples.size / SAMPLE_RATE, options))
         text = self._run(generation, emit)
         watch.add("prefill", generation.prefill_seconds)
@@ -231,16 +221,38 @@ class Transcriber:
     def _audio_embeddings(
         self, samples: npt.NDArray[np.float32], options: TranscribeOptions, watch: Stopwatch
     ) -> mx.array:
-        with watch.stage("features"):
-            features = self.model.frontend(mx.array(samples))[None]
-            mx.eval(features)
-        with watch.stage("encoder"):
-            states, _ = self.model.audio_encoder(features, language=options.language, use_itn=options.use_itn)
-            mx.eval(states)
+        states = self.audio_states(samples, options.language, bool(options.use_itn), watch)
         with watch.stage("adaptor"):
-            embeddings = self.model.adaptor(states[:, self.config.dropped_rows :])
+            choice = {}
+            if isinstance(self.config.adaptor, NanoAdaptorConfig):
+                choice = {"low_frame_rate": options.low_frame_rate}
+            embeddings: mx.array = self.model.adaptor(states[:, self.config.dropped_rows :], **choice)
             mx.eval(embeddings)
         return embeddings
+
+    def _prompt_rows(self, audio: mx.array, options: TranscribeOptions, watch: Stopwatch) -> mx.array:
+        """Put audio rows (A, H) into the model's prompt: (S, H)."""
+        prompt, embed = self.config.prompt, self.model.decoder.embed
+        if isinstance(prompt, NanoPromptConfig):
+            if options.prompt_profile not in (None, prompt.kind):
+                raise PromptError(f"this model has no prompt profile {options.prompt_profile!r}; it has its own")
+            if options.task != "transcribe":
+                raise PromptError(f"this model cannot {options.task}")
+            request = instruction(
+                prompt, hotwords=options.hotwords, language=options.language, use_itn=options.use_itn is not False
+            )
+            history = [NanoTurn(turn.text, self._heard(turn, options, watch)) for turn in options.history]
+            return nano_rows(prompt, request, audio, spell=self._spell, embed=embed, history=history)
+        assert isinstance(prompt, PromptConfig)
+        for name in ("hotwords", "history"):
+            if getattr(options, name):
+                raise PromptError(f"this model's prompt has no place for {name}; Fun-ASR-Nano's has")
+        before, after = prompt_pieces(prompt, options.prompt_profile, options.task)
+        return splice(self._spell(before), audio, self._spell(after), embed)
+
+    def _heard(self, turn: Turn, options: TranscribeOptions, watch: Stopwatch) -> mx.array:
+        """Return the audio rows (A, H) of an earlier turn."""
+        return self._audio_embeddings(load_audio(turn.source, turn.sample_rate), options, watch)[0]
 
     def _generation_options(self, duration_seconds: float, options: TranscribeOptions) -> GenerationOptions:
         defaults = self.config.generation
@@ -289,16 +301,16 @@ class Transcriber:
         )
 
 
-def load(path_or_name: str | os.PathLike[str], dtype: str = "auto") -> Transcriber:
+def load(path_or_name: str | os.PathLike[str], dtype: str = "auto") -> Transcriber | Recogniser:
     """Load a model.
 
     Args:
-        path_or_name: ``demo``, or a directory that ``qwen4b-asr convert`` wrote.
+        path_or_name: ``demo``, a directory that ``qwen4b-asr convert`` wrote, or a name that was downloaded.
         dtype: The decoder's: ``auto`` (float32 on the CPU, bfloat16 on a GPU), ``float32`` or ``bfloat16``.
             Encoder and adaptor are always float32.
 
     Returns:
-        A transcriber.
+        A transcriber, or a recogniser if the model has no language model; both have `transcribe`.
 
     Raises:
         ModelNotFoundError: If there is no such model.
@@ -308,7 +320,10 @@ def load(path_or_name: str | os.PathLike[str], dtype: str = "auto") -> Transcrib
     """
     directory: Path = find_model(path_or_name)
     model, config = load_model(directory, dtype=dtype)
-    return Transcriber(model, config, Tokenizer(directory / "tokenizer.json"))
+    pieces = find_pieces(directory) if config.ctc_size and config.ctc_symbols is None else None
+    if config.decoder is None:
+        return Recogniser(model, config, pieces)
+    return Transcriber(model, config, Tokenizer(directory / "tokenizer.json"), pieces)
 
 
 def _either(chosen: Any, default: Any) -> Any:

@@ -294,7 +294,7 @@ def test_no_model_says_what_to_do(capsys, monkeypatch):
             monkeypatch.setenv("QWEN4B_ASR_MODEL", value)
         status, out, err = run(capsys, "a.wav")
         assert (status, out) == (2, "")
-        for hint in ("--model demo", "qwen4b-asr convert", "hf download", "QWEN4B_ASR_MODEL"):
+        for hint in ("--model demo", "qwen4b-asr convert", "qwen4b-asr download", "QWEN4B_ASR_MODEL"):
             assert hint in err
 
 

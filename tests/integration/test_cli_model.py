@@ -74,7 +74,7 @@ def test_standard_input_equals_the_file(capsys, model, recordings, monkeypatch):
     [
         (["--language", "xx"], 2, "unknown language 'xx'; choose one of auto, zh"),
         (["--prompt-profile", "xx"], 2, "unknown prompt profile 'xx'; choose one of plain"),
-        (["--model", "nowhere"], 1, "nowhere: no such model directory. What you can do:"),
+        (["--model", "nowhere"], 1, "nowhere: no such directory, and no model of that name."),
     ],
 )
 def test_what_the_model_refuses(capsys, model, recordings, arguments, status, words):

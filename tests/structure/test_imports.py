@@ -40,9 +40,9 @@ ROOMS = [
         ],
     ),
     ("readers", ["config", "weights"]),
-    ("composers", ["model", "generate", "transcript", "rich_decoding"]),
+    ("composers", ["model", "generate", "transcript", "rich_decoding", "listen"]),
     ("checkpoints", [f"weights.{name}" for name in ("directory", "load", "parts", "convert", "verify", "obtain")]),
-    ("pipeline", ["transcribe"]),
+    ("pipeline", ["recognise", "transcribe"]),
     ("training", ["training"]),
     ("doors", ["cli", "server", "__main__"]),
 ]

@@ -34,12 +34,15 @@ def package(options: argparse.Namespace) -> None:
     import mlx.core as mx
 
     import qwen4b_asr
-    from qwen4b_asr.prompt import prompt_pieces, splice
+    from qwen4b_asr.prompt import PromptConfig, prompt_pieces, splice
     from qwen4b_asr.version import __version__
 
     mx.set_default_device(mx.cpu)
     stored = {key: mx.array(value) for key, value in load_file(options.work / "reference.safetensors").items()}
     transcriber = qwen4b_asr.load(options.work / "model", dtype="float32")
+    assert isinstance(transcriber, qwen4b_asr.Transcriber)
+    prompts = transcriber.config.prompt
+    assert isinstance(prompts, PromptConfig)
     model, encode = transcriber.model, transcriber.tokenizer.encode
     out: dict[str, np.ndarray] = {}
     seconds: dict[str, float] = {}
@@ -70,7 +73,7 @@ def package(options: argparse.Namespace) -> None:
     for form in options.forms:
         profile, task = form.split("/")
         out[f"decoder {form}"] = np.asarray(timed(f"decoder {form}", model.decoder, stored[f"prompt/{form}"][None])[0])
-        before, after = (encode(text) for text in prompt_pieces(transcriber.config.prompt, profile, task))
+        before, after = (encode(text) for text in prompt_pieces(prompts, profile, task))
         rows = splice(before, own_audio[0], after, model.decoder.embed)
         out[f"decoder, whole {form}"] = np.asarray(model.decoder(rows[None])[0])
         result = transcriber.transcribe(

@@ -84,9 +84,5 @@ def run(args: argparse.Namespace) -> int:
             adaptor_heads=args.adaptor_heads,
             on_progress=on_progress,
         )
-    print(
-        f"{args.output}: {config.encoder.num_blocks + config.encoder.tp_blocks} encoder, {config.adaptor.num_layers} "
-        f"adaptor and {config.decoder.num_hidden_layers} decoder layers. Transcribe with --model {args.output}",
-        file=sys.stderr,
-    )
+    print(f"{args.output}: {config.name}. Transcribe with --model {args.output}", file=sys.stderr)
     return 0

@@ -27,6 +27,7 @@ from ._terminal import (
 )
 
 if TYPE_CHECKING:
+    from ..recognise import Recogniser
     from ..transcribe import Transcriber
 
 MODEL_VARIABLE = "QWEN4B_ASR_MODEL"
@@ -155,7 +156,7 @@ class _Job:
         self.options = options
         self.debug = debug
         self.several = len(options.files) > 1
-        self.transcriber: Transcriber | None = None
+        self.transcriber: Transcriber | Recogniser | None = None
         self.line_begun = False
         self.progress = Progress(len(options.files), quiet=options.quiet)
 
@@ -219,7 +220,7 @@ class _Job:
         with hushed_libraries():
             return load_audio(source), time.perf_counter() - start
 
-    def load(self) -> Transcriber:
+    def load(self) -> Transcriber | Recogniser:
         self.progress.show(f"loading {self.options.model}")
         from ..transcribe import load
 

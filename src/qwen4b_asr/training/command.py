@@ -102,6 +102,7 @@ def run(args: argparse.Namespace) -> int:
     import mlx.core as mx
     from tqdm import tqdm
 
+    from ..features import FrontendConfig
     from ..model import SpeechModel
     from .batches import Sampler
     from .corpus import read_corpus, training_bank
@@ -124,6 +125,7 @@ def run(args: argparse.Namespace) -> int:
     if args.leave_out and args.leave_out not in corpus.speakers:
         raise ConfigError(f"no speaker {args.leave_out!r}; the archives have {', '.join(corpus.speakers)}")
     config = demo_config()
+    assert isinstance(config.frontend, FrontendConfig)
     work_dir = args.work_dir or default_work_dir()
     bank = training_bank(corpus, recipe, config.frontend, work_dir, _progress)
     excluded = frozenset({args.leave_out} if args.leave_out else ())
@@ -184,11 +186,13 @@ def run_evaluate(args: argparse.Namespace) -> int:
     from .._blas import preload_openblas
 
     preload_openblas()
-    from ..transcribe import load
+    from ..transcribe import Transcriber, load
     from .corpus import read_corpus
     from .evaluate import TABLE_HEAD, evaluate
 
     transcriber = load(args.model)
+    if not isinstance(transcriber, Transcriber):
+        raise ConfigError(f"{args.model}: has no language model, so it is not one of these")
     corpus = read_corpus(args.archive)
     for speaker in args.speaker or ():
         if speaker not in corpus.speakers:

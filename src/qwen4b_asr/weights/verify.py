@@ -157,6 +157,8 @@ def _model_problems(directory: Path, refs: dict[str, TensorRef]) -> list[str]:
         wanted = parameter_shapes(SpeechModel(config))
         problems += name_and_shape_problems({name: ref.shape for name, ref in refs.items()}, wanted)
         problems += [p for ref in refs.values() if (p := storage_problem(ref.name, ref.dtype)) is not None]
+    if config.decoder is None:
+        return problems
     try:
         size = Tokenizer(directory / TOKENIZER_FILE).vocab_size
     except AsrError as error:
