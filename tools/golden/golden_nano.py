@@ -54,7 +54,7 @@ CASES: dict[str, dict[str, Any]] = {
     "prefix": dict(clip="short", prev_text="我想"),
     "history": dict(
         clip="short", language="中文",
-        history=[("long", {}, "滨海新区"), ("other", dict(hotwords=["房"], itn=False), " two  words\n")],
+        history=[("long", {}, "滨海新区"), ("other", dict(hotwords=["房"], itn=False), "\ntwo  words")],
     ),
     "text_history": dict(clip="other", history=[(None, dict(user="你好。"), "你好！")], think=False),
 }  # fmt: skip
