@@ -240,22 +240,19 @@ def align(log_probs: mx.array | Floats, ids: Sequence[int], *, blank: int = 0) -
     return [CtcToken(int(labels[span.id]), span.start, span.end) for span in spans]
 
 
-def row_times_ms(token: CtcToken, rows: int, *, row_ms: int = 60, lead_ms: int = 30) -> tuple[int, int]:
+def row_times_ms(token: CtcToken, *, row_ms: int = 60, lead_ms: int = 30) -> tuple[int, int]:
     """Return when a symbol begins and ends.
 
     Args:
         token: With rows counted from the recording's first, so without query frames.
-        rows: Rows R of the recording.
         row_ms: Time from one row to the next: 6 frames of 10 ms.
         lead_ms: How much earlier than its row a symbol is said: the 7 stacked frames reach half a row back, as in
             funasr's ``SenseVoiceSmall.inference``.
 
     Returns:
-        Milliseconds from the recording's start, not before it and not behind its last row's.
+        Milliseconds from the recording's start, not before it.
     """
-    last = max(rows * row_ms - lead_ms, 0)
-    start, end = (min(max(row * row_ms - lead_ms, 0), last) for row in (token.start, token.end))
-    return start, end
+    return max(token.start * row_ms - lead_ms, 0), max(token.end * row_ms - lead_ms, 0)
 
 
 def _require_rows(log_probs: mx.array | Floats, owner: str, blank: int) -> int:

@@ -66,7 +66,7 @@ def parse_rich(raw: str) -> RichText:
     """
     tags = TAG.findall(raw)
     joined = ""
-    for part in (part.strip() for part in _parts(raw.replace(_NOTHING_KNOWN, ""))):
+    for part in (part.strip() for part in _parts(raw)):
         bare = TAG.sub("", part).strip()
         if joined and bare and not (is_unspaced(joined[-1]) or is_unspaced(bare[0])):
             joined += " "

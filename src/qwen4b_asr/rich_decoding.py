@@ -109,7 +109,7 @@ class RichDecoder:
             tokens, log_prob = self._search(log_probs, options)
         ids = tuple(token.id for token in tokens)
         raw = self.table.decode(ids)
-        pieces = self._timed(tokens, log_probs.shape[0] - self.query_rows)
+        pieces = self._timed(tokens)
         return RichRecognition(raw, parse_rich(raw), ids, pieces, _words(pieces), log_prob)
 
     def _search(self, log_probs: mx.array, options: CtcOptions) -> tuple[list[CtcToken], float]:
@@ -124,14 +124,14 @@ class RichDecoder:
         moved = [CtcToken(token.id, token.start + rows, token.end + rows) for token in text]
         return tags + moved, tags_log_prob + best.log_prob
 
-    def _timed(self, tokens: list[CtcToken], rows: int) -> tuple[TimedText, ...]:
+    def _timed(self, tokens: list[CtcToken]) -> tuple[TimedText, ...]:
         """Give the visible pieces after the query rows, tags left out, their times."""
         spoken = [t for t in tokens if t.start >= self.query_rows and not TAG.fullmatch(self.table.pieces[t.id])]
         timed: list[TimedText] = []
         held: int | None = None  # where a character began whose last byte is still to come
         for token, surface in zip(spoken, self.table.surfaces(t.id for t in spoken), strict=True):
             place = CtcToken(token.id, token.start - self.query_rows, token.end - self.query_rows)
-            start, end = row_times_ms(place, rows)
+            start, end = row_times_ms(place)
             begun = start if held is None else held
             if surface:
                 timed.append(TimedText(surface, begun / 1000, end / 1000))

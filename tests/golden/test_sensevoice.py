@@ -126,8 +126,8 @@ def times_without_the_lead(patch: Patch) -> None:
 @DEFECTS.noticed_by(WORDS)
 def query_rows_counted_as_time(patch: Patch) -> None:
     original = ctc.row_times_ms
-    patch.setattr(rich_decoding, "row_times_ms", lambda token, rows: original(
-        ctc.CtcToken(token.id, token.start + 4, token.end + 4), rows + 4
+    patch.setattr(rich_decoding, "row_times_ms", lambda token: original(
+        ctc.CtcToken(token.id, token.start + 4, token.end + 4)
     ))  # fmt: skip
 
 

@@ -156,7 +156,7 @@ def test_nothing_is_decoded_from_no_rows():
 @given(st.integers(1, 300), st.data())
 def test_times_are_in_order_and_inside_the_recording(rows, data):
     borders = sorted(data.draw(st.sets(st.integers(0, rows), min_size=2, max_size=9)))
-    times = [row_times_ms(CtcToken(1, a, b), rows) for a, b in itertools.pairwise(borders)]
+    times = [row_times_ms(CtcToken(1, a, b)) for a, b in itertools.pairwise(borders)]
     flat = [t for pair in times for t in pair]
     assert flat == sorted(flat)
     assert flat[0] >= 0
@@ -165,9 +165,9 @@ def test_times_are_in_order_and_inside_the_recording(rows, data):
 
 
 def test_times_lead_their_rows_by_half():
-    assert row_times_ms(CtcToken(1, 0, 2), 10) == (0, 90)
-    assert row_times_ms(CtcToken(1, 4, 5), 10) == (210, 270)
-    assert row_times_ms(CtcToken(1, 9, 10), 10) == (510, 570)
+    assert row_times_ms(CtcToken(1, 0, 2)) == (0, 90)
+    assert row_times_ms(CtcToken(1, 4, 5)) == (210, 270)
+    assert row_times_ms(CtcToken(1, 9, 10)) == (510, 570)
 
 
 @given(st.floats(-800, 0), st.floats(-800, 0))

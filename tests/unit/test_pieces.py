@@ -83,6 +83,7 @@ def test_a_repeated_piece_keeps_its_first_id():
         (b"", "there must be pieces"),
         (model(PIECES)[:-1], "cut short"),
         (model(PIECES) + b"\x80", "ends within a number"),
+        (field(1, field(1, b"abcd"))[:-1], "longer than what is left"),
         (b"\xff" * 11, "more than 64 bits"),
         (b"\x0b", "wire type 3"),
         (field(1, 5), "a number stands where"),

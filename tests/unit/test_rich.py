@@ -22,6 +22,7 @@ from qwen4b_asr.rich import TAG, RichText, emoji_text, parse_rich
         ("<|SPECIAL_TOKEN_7|>a<|Speech_Noise|>b", RichText("ab", None, None, ("speech_noise",))),
         ("<|en|><|Speech|> one <|en|><|BGM|> two", RichText("one two", "en", None, ("speech", "bgm"))),
         ("<|zh|>一<|zh|>二<|en|>ok", RichText("一二ok", "zh")),
+        ("<|Cry|><|BGM|><|Cry|>", RichText("", events=("cry", "bgm"))),
         ("<|en|>The.", RichText("", "en")),
         ("a < b <| c |> <|d", RichText("a < b  <|d")),
     ],

@@ -61,6 +61,13 @@ def test_a_tag_among_the_words_is_no_word(options):
 
 
 @pytest.mark.parametrize("options", METHODS)
+def test_what_the_query_rows_say_is_never_timed(options):
+    found = RichDecoder(TABLE)(scores([ZH, NI, SPEECH, WOITN, HE]), options)
+    assert found.ids == (ZH, NI, SPEECH, WOITN, HE)
+    assert found.words == (TimedText("he", 0.0, 0.03),)
+
+
+@pytest.mark.parametrize("options", METHODS)
 def test_the_first_row_counts(options):
     assert RichDecoder(TABLE)(scores([*TAGS, NI])).words == (TimedText("你", 0.0, 0.03),)
 
