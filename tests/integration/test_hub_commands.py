@@ -17,6 +17,7 @@ from qwen4b_asr.errors import CheckpointError, ConfigError, ModelNotFoundError
 from qwen4b_asr.weights import describe, obtain
 from qwen4b_asr.weights.catalog import load_catalog
 from qwen4b_asr.weights.find import find_model, models_folder
+from qwen4b_asr.weights.hub import Hub
 from qwen4b_asr.weights.manifest import Manifest
 from qwen4b_asr.weights.obtain import obtain_model
 from qwen4b_asr.weights.paths import weights_data
@@ -30,9 +31,14 @@ DEMO_FILES = {name: (DEMO / name).read_bytes() for name in ("config.json", "mode
 NAMES = {"encoder": "FunAudioLLM/SenseVoiceSmall", "adaptor": "yuechen/funasr-qwen4b-mlx", "llm": "Qwen/Qwen3-4B"}
 
 
+def use_hub(monkeypatch, cache: Path, address: str) -> None:
+    """Have `Hub()` mean this one, whatever the environment was when huggingface_hub read it."""
+    monkeypatch.setattr(Hub.__init__, "__defaults__", (cache, address, False))
+
+
 @pytest.fixture
 def server(tmp_path_factory, monkeypatch, tmp_path):
-    """A hub with the three parts of the 4B system, tiny, and a model directory; huggingface_hub is told of it."""
+    """A hub with the three parts of the 4B system, tiny, and a model directory; all that follows uses no other."""
     parts = write_parts(tmp_path_factory.mktemp("published"))
     repos = {
         NAMES["encoder"]: {path.name: path.read_bytes() for path in parts.encoder.iterdir()},
@@ -41,15 +47,8 @@ def server(tmp_path_factory, monkeypatch, tmp_path):
         "ann/spoken-numbers": {**DEMO_FILES, "checksums.json": (DEMO / "checksums.json").read_bytes()},
     }
     with serving(repos) as running:
-        for name, value in {"ENDPOINT": running.address, "HF_HUB_CACHE": str(tmp_path / "hub")}.items():
-            monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
-        monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", running.address)
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        use_hub(monkeypatch, tmp_path / "hub", running.address)
         monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", os.devnull)
-        monkeypatch.setattr(
-            "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE",
-            running.address + "/{repo_id}/resolve/{revision}/{filename}",
-        )
         monkeypatch.setenv("QWEN4B_ASR_MODELS", str(tmp_path / "models"))
         monkeypatch.setenv("HF_TOKEN", "")
         monkeypatch.chdir(tmp_path)
@@ -307,11 +306,9 @@ def test_the_environment_is_honoured(server, tmp_path, offline):
         assert Path(done.stdout.strip()).is_relative_to(tmp_path / "home")
 
 
-def test_no_network_and_no_cache_is_one_line(server, capsys, monkeypatch):
+def test_no_network_and_no_cache_is_one_line(server, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr("time.sleep", lambda seconds: None)
-    nowhere = f"http://127.0.0.1:{free_port()}"
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", nowhere)
-    monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", nowhere)
+    use_hub(monkeypatch, tmp_path / "hub", f"http://127.0.0.1:{free_port()}")
     status, out, err = run(capsys, "download", "sensevoice-small")
     assert (status, out, err.count("\n")) == (1, "", 1)
     assert err.startswith("qwen4b-asr: FunAudioLLM/SenseVoiceSmall: not in the cache, and the hub cannot be reached")

@@ -69,7 +69,7 @@ def fetch_file(file: RemoteFile, *, cache: Path, endpoint: str | None, on_bytes:
 
     storage = repo_folder(cache, file.repo)
     url = hf_hub_url(file.repo, file.name, revision=file.commit, endpoint=endpoint)
-    remote = get_hf_file_metadata(url, endpoint=endpoint)
+    remote = get_hf_file_metadata(url)
     etag = remote.etag or ""
     if not _SAFE_ETAG.fullmatch(etag) or remote.commit_hash != file.commit:
         raise DownloadError(f"{file.repo}: {file.name}: the server does not answer as a hub does; look at HF_ENDPOINT")
@@ -102,16 +102,23 @@ def _fetch_blob(
 ) -> None:
     """Continue or begin the transfer; move the result in place only if its checksum is right.
 
-    If bytes from an earlier run are in it, they may be what is wrong, so one more attempt starts from nothing.
+    A connection that drops is taken up again as long as each attempt brings something. If bytes from an earlier
+    attempt are in the file, they may be what is wrong with it, so then one more attempt starts from nothing.
     """
     partial = partial_of(blob)
     checksum = _checksum(file, blob.name)
     while True:
-        resumed = partial.stat().st_size if partial.exists() else 0
+        resumed = _length(partial)
         if size is not None and resumed > size:
             partial.unlink()
             resumed = 0
-        _transfer(address, headers, partial, resumed, size, on_bytes)
+        try:
+            _transfer(address, headers, partial, resumed, size, on_bytes)
+        except Exception as error:
+            if _is_transport(error) and _length(partial) > resumed:
+                continue
+            if not _is_inconsistency(error):
+                raise
         problem = _problem(partial, size, checksum)
         if problem is None:
             os.replace(partial, blob)
@@ -119,6 +126,20 @@ def _fetch_blob(
         partial.unlink()
         if not resumed:
             raise DownloadError(f"{file.repo}: {file.name}: {problem}; nothing was kept. Try again later")
+
+
+def _length(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _is_transport(error: Exception) -> bool:
+    """Whether an error is of the network; `huggingface_hub`'s own errors may be of the client's classes too."""
+    return type(error).__module__.partition(".")[0] in _TRANSPORTS
+
+
+def _is_inconsistency(error: Exception) -> bool:
+    """Whether it is `http_get`'s own error for a wrong length, the only bare OSError without a number."""
+    return type(error) is OSError and error.errno is None
 
 
 def _transfer(
@@ -231,13 +252,13 @@ def _explain(error: Exception, what: str, cache: Path) -> AsrError | None:
             return DownloadError(f"{what}: the hub refuses access ({status}): HF_TOKEN is wrong or lacks permission")
         advice = "it asks for patience; try again later" if status == 429 or status >= 500 else first
         return DownloadError(f"{what}: the hub answers {status}: {advice}")
-    if type(error).__module__.partition(".")[0] in _TRANSPORTS:
+    if isinstance(error, json.JSONDecodeError):  # before the next: requests has a class of its own for it
+        return DownloadError(f"{what}: the server does not answer as a hub does; look at HF_ENDPOINT")
+    if _is_transport(error):
         return DownloadError(
             f"{what}: not in the cache, and the hub cannot be reached ({type(error).__name__}); try again when there "
             "is a network (what has arrived is kept), or give a directory"
         )
-    if isinstance(error, json.JSONDecodeError):
-        return DownloadError(f"{what}: the server does not answer as a hub does; look at HF_ENDPOINT")
     if isinstance(error, OSError):
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return DownloadError(f"{what}: the disk is full ({cache}); make room and repeat: what has arrived is kept")
