@@ -21,7 +21,10 @@ TORCH_ROOM = "tools/golden/"
 # A name stands for a module or for a package with all that is in it; the longest match counts.
 ROOMS = [
     ("ground", ["errors", "version", "_blas", "kernels"]),
-    ("helpers", ["cache", "sampling", "tokenizer", "segment", "ctc", "pieces", "rich", "lora", "quantization"]),
+    (
+        "helpers",
+        ["cache", "sampling", "tokenizer", "segment", "ctc", "pieces", "byte_pieces", "rich", "lora", "quantization"],
+    ),
     (
         "stages",
         [
