@@ -145,13 +145,19 @@ def test_a_configuration_alone_gives_the_parameters(names, alpha):
 def test_half_precision_is_rounded_once(dtype):
     layer = LoraLinear(nn.Linear(32, 24))
     layer.base_layer.weight = layer.base_layer.weight.astype(dtype)
-    layer.base_layer.bias = rows(1, 24, 3)[0].astype(dtype)
+    bias = layer.base_layer.bias = rows(1, 24, 3)[0].astype(dtype)
     a, b = rows(4, 32, 1).astype(dtype), rows(24, 4, 2).astype(dtype)
     layer.add("default", a, b, 0.3)
     x = rows(5, 32, 5).astype(dtype)
     assert layer(x).dtype == dtype
+    wide = LoraLinear(layer.base_layer)
+    wide.add("default", a.astype(mx.float32), b.astype(mx.float32), 0.3)
+    assert wide(x).dtype == dtype
     layer.merge()
+    assert mx.array_equal(layer.merged_weight(), layer.base_layer.weight)
     exact = layer._unmerged[0].weight.astype(mx.float32) + 0.3 * (b.astype(mx.float32) @ a.astype(mx.float32))
     assert layer.base_layer.weight.dtype == dtype
     assert mx.array_equal(layer.base_layer.weight, exact.astype(dtype))
-    assert max_abs(layer(x).astype(mx.float32) - (x.astype(mx.float32) @ exact.T + layer.base_layer.bias)) < 0.1
+    assert max_abs(layer(x).astype(mx.float32) - (x.astype(mx.float32) @ exact.T + bias)) < 0.1
+    layer.remove("default")
+    assert not layer.merged

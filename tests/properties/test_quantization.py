@@ -45,17 +45,18 @@ def test_shapes_are_those_that_mlx_makes_and_tell_the_scheme(scheme, count, grou
     assert found == scheme
 
 
-@given(affine, st.integers(1, 5), st.integers(1, 3), st.integers(0, 99))
-def test_the_codes_are_packed_from_the_low_bits_up(scheme, count, groups, seed):
+@given(affine, st.integers(1, 5), st.integers(1, 3), st.sampled_from([mx.float32, mx.bfloat16]), st.integers(0, 99))
+def test_the_codes_are_packed_from_the_low_bits_up(scheme, count, groups, dtype, seed):
     columns = groups * scheme.group_size
-    matrix = rows(count, columns, seed)
+    matrix = rows(count, columns, seed).astype(dtype)
     weight, scales, biases = mx.quantize(matrix, group_size=scheme.group_size, bits=scheme.bits)
     bits = np.unpackbits(np.array(weight).view(np.uint8), axis=1, bitorder="little").reshape(count, columns, -1)
     codes = bits @ (1 << np.arange(scheme.bits))
-    spread = [np.repeat(np.array(part), scheme.group_size, axis=1) for part in (scales, biases)]
+    spread = [np.repeat(np.array(part.astype(mx.float32)), scheme.group_size, axis=1) for part in (scales, biases)]
     layer = nn.QuantizedLinear(columns, count, False, scheme.group_size, scheme.bits)
     layer.weight, layer.scales, layer.biases = weight, scales, biases
-    dense, _ = dense_weight(layer)
+    dense, kind = dense_weight(layer)
+    assert kind == dtype
     assert layer_shape(layer) == (count, columns)
     assert np.allclose(np.array(dense), codes * spread[0] + spread[1], atol=1e-5)
 

@@ -92,7 +92,8 @@ def test_the_factors_take_the_models_type(tmp_path):
     plain = base_of(model)
     plain.set_dtype(mx.bfloat16)
     load_adapter(plain, folder)
-    assert lora_layers(plain)[Q].lora_A["default"].weight.dtype == mx.bfloat16
+    load_adapter(plain, folder, name="again")
+    assert {a.weight.dtype for a in lora_layers(plain)[Q].lora_A.values()} == {mx.bfloat16}
     sizes = replace(SIZES, hidden_size=32, intermediate_size=64, lora=LORA)
     model = randomise(Qwen3(sizes), 2)
     folder = write_adapter(tmp_path / "b", factors(model))
@@ -207,8 +208,10 @@ def test_targets_are_spelled_out_where_a_layer_lacks_the_adapter(tmp_path):
 @pytest.mark.parametrize("block", [1, 1000, 1 << 22])
 def test_merging_while_reading_equals_merging_in_memory(tmp_path, dtype, block):
     model = adapted()
-    refs = write_checkpoint(tmp_path, model, dtype=dtype)
+    bias = {f"llm.{ROOT}{Q}.base_layer.bias": mx.ones((32,))}
+    refs = write_checkpoint(tmp_path, model, bias, dtype=dtype)
     merged = merged_tensors(refs, VALUES, file="f")
+    assert merged.pop(f"llm.{ROOT}{Q}.bias").shape == (32,)
     model.set_dtype(dtype)
     fuse_lora(model)
     wanted = {f"llm.{ROOT}{n}": a for n, a in tree_flatten(model.parameters())}

@@ -77,6 +77,9 @@ def test_floating_point_modes_are_told_by_the_lack_of_biases(mode):
 def test_a_head_of_its_own_and_a_tied_one():
     untied = Quantization(Scheme(32, 4), {HEAD: None})
     assert settle(BASE, shapes(untied, tie_word_embeddings=False), tie_word_embeddings=False).quantization == untied
+    both = Quantization(Scheme(32, 4), {HEAD: Scheme(64, 8)})
+    tensors = shapes(both, tie_word_embeddings=False)
+    assert settle(BASE, tensors, tie_word_embeddings=False).quantization == both
     # Some files keep a form for the head that they have not got.
     tied = settle({**BASE, HEAD: {"group_size": 32, "bits": 6}}, shapes(Quantization(Scheme(32, 4))))
     assert tied.quantization == Quantization(Scheme(32, 4))
@@ -97,6 +100,8 @@ def test_the_names_may_be_another_checkpoints(root):
     sizes = replace(SIZES, tie_word_embeddings=False, quantization=Quantization(Scheme(32, 4)))
     config = decoder_quantization(sizes, tensors, keymap=load_keymap("canary"), file="f", prefix="decoder.")
     assert config.quantization == quantization
+    plain = {**shapes(None), "perception.encoder.layers.0.scales": (4,)}  # of another part
+    assert decoder_quantization(SIZES, plain, keymap=load_keymap("canary"), file="f", prefix="decoder.") == SIZES
 
 
 def test_what_is_not_quantised_stays_so():
