@@ -144,8 +144,6 @@ def decoder_config(path: Path) -> DecoderConfig:
         CheckpointError: If it cannot be read or is not that of a Qwen3 that this decoder can be.
     """
     values = read_json_object(path)
-    if values.get("quantization") or values.get("quantization_config"):
-        raise CheckpointError(f"{path}: the weights are quantised; convert from the original bfloat16 checkpoint")
     try:
         return DecoderConfig.from_huggingface(values)
     except (ValueError, TypeError) as error:
