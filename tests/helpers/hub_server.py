@@ -192,6 +192,8 @@ class _Handler(BaseHTTPRequestHandler):
         content = hub.sent.get(name, content)
         asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or "")
         first = int(asked[1]) if asked and not hub.refuse_ranges else 0
+        if first >= len(content):
+            return self._refuse(416)
         body = content[first:]
         self.send_response(206 if first else 200)
         if first:

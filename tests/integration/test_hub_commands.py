@@ -101,6 +101,14 @@ def test_output_makes_it_elsewhere_and_replaces_only_by_force(server, capsys, tm
     assert run(capsys, *words, "--force")[0] == 0
 
 
+def test_the_file_of_a_part_is_found_among_what_other_tools_fetched(tmp_path):
+    model = load_catalog()["funasr-qwen4b"]
+    for name in ("README.md", "adaptor_cached.pt", "adaptor_phase2_final.pt", "old/adaptor_phase2_final.pt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert obtain.Parts(model, {"adaptor": tmp_path}).file("adaptor") == tmp_path / "adaptor_phase2_final.pt"
+
+
 def test_without_conversion_the_folders_are_told(server, capsys):
     status, out, _ = run(capsys, "download", "--no-convert", "funasr-qwen4b")
     folders = dict(line.split("\t") for line in out.splitlines())

@@ -62,7 +62,7 @@ def _look_up(name: str) -> list[tuple[str, str | None, Description]]:
         weights = snapshot is not None and any(file.suffix in (".safetensors", ".pt") for file in snapshot.rglob("*"))
         if snapshot is not None and weights:
             found.append((str(snapshot), part.licence, describe_path(snapshot)))
-        elif snapshot is None and part.manifest is not None:
+        elif part.manifest is not None:
             place = f"not on this machine; {part.label} on the hub"
             found.append((place, part.licence, describe_manifest(load_manifest(part.manifest))))
     if not found:
