@@ -232,7 +232,7 @@ def fingerprint(folder):
 def test_the_fingerprint_is_the_weights_not_the_layouts(tmp_path):
     for layout in files.LAYOUTS:
         files.write_nano(tmp_path / layout, layout)
-    files.write_nano(tmp_path / "wide", dtype=mx.float32)
+    files.write_nano(tmp_path / "wide", dtype=mx.float32, exact=False)
     files.write_nano(tmp_path / "other", seed=1)
     prints = {path.name: fingerprint(path) for path in tmp_path.iterdir()}
     assert len(prints.pop("other")) == 16
