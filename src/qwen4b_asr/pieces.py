@@ -19,6 +19,9 @@ from pathlib import Path
 
 from .errors import CheckpointError
 
+PIECE_FILES = ("chn_jpn_yue_eng_ko_spectok.bpe.model", "tokens.json", "multilingual.tiktoken")
+"""Files beside published weights that spell the CTC symbols, the better one first."""
+
 SPACE = "\u2581"  # how a piece writes a space
 UNKNOWN_SURFACE = " \u2047 "
 _REPLACEMENT = "\ufffd"

@@ -69,7 +69,14 @@ PROFILES: dict[str, PromptProfile] = {
             "translate": _chat_form("Translate the speech to English:"),
         },
     ),
+    "canary": PromptProfile(
+        "Canary-Qwen's user turn, the audio at its end, no system turn and no thought",
+        {"transcribe": ("<|im_start|>user\nTranscribe the following: ", "<|im_end|>\n<|im_start|>assistant\n")},
+    ),
 }
+
+SPEECH_PROFILES = ("plain", "raw", "instruct", "chatml")
+"""Those of the 4B system; the others belong to one checkpoint each."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +91,7 @@ class PromptConfig:
     """
 
     profile: str = "plain"
-    profiles: tuple[str, ...] = tuple(PROFILES)
+    profiles: tuple[str, ...] = SPEECH_PROFILES
     query_frames: str = "keep"
 
     def __post_init__(self) -> None:

@@ -16,19 +16,17 @@ import numpy as np
 import numpy.typing as npt
 
 from .audio import SAMPLE_RATE, Source, load_audio
+from .byte_pieces import read_byte_pieces
 from .config import ModelConfig
 from .errors import ConfigError, PromptError
 from .listen import Listener, Stopwatch
 from .model import SpeechModel
 from .nano_adaptor import NO_CTC
-from .pieces import SPACE, PieceKind, PieceTable, read_pieces
+from .pieces import PIECE_FILES, SPACE, PieceKind, PieceTable, read_pieces
 from .rich_decoding import CtcOptions, RichDecoder, RichRecognition
 from .segment import split_at_pauses
 from .text import join_segments
 from .transcript import OnToken, Segment, TranscribeOptions, Transcript, Word
-
-PIECE_FILES = ("chn_jpn_yue_eng_ko_spectok.bpe.model", "tokens.json")
-"""Files beside the weights that spell the CTC symbols, the better one first."""
 
 # What only a language model can do something with.
 _NOT_HERE = ("prompt_profile", "translate", "max_tokens", "hotwords", "history", "low_frame_rate")
@@ -148,14 +146,20 @@ def _own_symbols(config: ModelConfig) -> PieceTable:
     return PieceTable(tuple(symbol.replace(" ", SPACE) for symbol in symbols), kinds)
 
 
-def find_pieces(directory: Path) -> PieceTable | None:
+def find_pieces(directory: Path, size: int) -> PieceTable | None:
     """Read the text of the CTC symbols from a model directory; None if it has no such file.
+
+    Args:
+        directory: The model directory.
+        size: Symbols of the CTC head.
 
     Raises:
         CheckpointError: If the file is damaged.
     """
     path = next((directory / name for name in PIECE_FILES if (directory / name).is_file()), None)
-    return None if path is None else read_pieces(path)
+    if path is None:
+        return None
+    return read_byte_pieces(path, size) if path.suffix == ".tiktoken" else read_pieces(path)
 
 
 def _most(values: Sequence[str | None]) -> str | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ import numpy.typing as npt
 
 from .audio import SAMPLE_RATE, Source, load_audio
 from .config import ModelConfig
-from .errors import PromptError
+from .errors import ConfigError, PromptError
 from .generate import Generation, GenerationOptions
 from .listen import Listener, Stopwatch
+from .lora import fuse_lora
 from .model import SpeechModel
 from .nano_adaptor import NanoAdaptorConfig
 from .nano_prompt import NanoPromptConfig, NanoTurn, instruction, nano_rows
@@ -31,6 +33,7 @@ from .segment import split_at_pauses
 from .text import CleanStream, clean_text, join_segments
 from .tokenizer import Tokenizer
 from .transcript import OnToken, Segment, TranscribeOptions, Transcript, Turn
+from .weights.adapters import load_adapter
 from .weights.find import find_model
 from .weights.load import load_model
 
@@ -301,13 +304,22 @@ class Transcriber(Listener):
         )
 
 
-def load(path_or_name: str | os.PathLike[str], dtype: str = "auto") -> Transcriber | Recogniser:
+def load(
+    path_or_name: str | os.PathLike[str],
+    dtype: str = "auto",
+    *,
+    lora: str = "keep",
+    adapters: Mapping[str | os.PathLike[str], float] | None = None,
+) -> Transcriber | Recogniser:
     """Load a model.
 
     Args:
         path_or_name: ``demo``, a directory that ``qwen4b-asr convert`` wrote, or a name that was downloaded.
         dtype: The decoder's: ``auto`` (float32 on the CPU, bfloat16 on a GPU), ``float32`` or ``bfloat16``.
             Encoder and adaptor are always float32.
+        lora: ``keep`` low-rank adapters of the decoder apart, so that they can be changed; or ``merge`` them into its
+            weights, which saves two small products per layer and token.
+        adapters: PEFT directories to put beside the decoder's layers, and the strength of each; 1 is as trained.
 
     Returns:
         A transcriber, or a recogniser if the model has no language model; both have `transcribe`.
@@ -318,11 +330,19 @@ def load(path_or_name: str | os.PathLike[str], dtype: str = "auto") -> Transcrib
         CheckpointError: If its weights do not fit.
         ValueError: On another dtype.
     """
+    if lora not in ("keep", "merge"):
+        raise ConfigError(f"lora {lora!r}: choose keep or merge")
     directory: Path = find_model(path_or_name)
     model, config = load_model(directory, dtype=dtype)
-    pieces = find_pieces(directory) if config.ctc_size and config.ctc_symbols is None else None
+    pieces = find_pieces(directory, config.ctc_size) if config.ctc_size and config.ctc_symbols is None else None
     if config.decoder is None:
+        if adapters:
+            raise ConfigError(f"{path_or_name}: has no language model that an adapter could change")
         return Recogniser(model, config, pieces)
+    for number, (folder, strength) in enumerate((adapters or {}).items()):
+        load_adapter(model.decoder, Path(folder), name=f"user{number}", strength=strength)
+    if lora == "merge":
+        fuse_lora(model.decoder)
     return Transcriber(model, config, Tokenizer(directory / "tokenizer.json"), pieces)
 
 

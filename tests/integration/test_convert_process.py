@@ -131,7 +131,7 @@ def test_the_commands(tmp_path):
         CLI, "convert", *options, "--output", tmp_path / "out", "--shard-size", "50K", "--dtype", "bfloat16"
     )
     assert (child.returncode, child.stdout) == (0, "")
-    assert re.fullmatch(r".*out: 5 encoder, 2 adaptor and 2 decoder layers\. .*\n", child.stderr)
+    assert re.fullmatch(r".*out: funasr-qwen4b with 5 encoder, 2 adaptor, 2 decoder layers\. .*\n", child.stderr)
     child = in_child(CLI, "verify", tmp_path / "out")
     assert (child.returncode, child.stderr) == (0, "")
     assert re.search(r"out: ok \(\d+ files, 1\d\d tensors, [\d,]+ parameters", child.stdout)

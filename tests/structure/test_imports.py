@@ -44,7 +44,13 @@ ROOMS = [
     ),
     ("readers", ["config", "weights"]),
     ("composers", ["model", "generate", "transcript", "rich_decoding", "listen"]),
-    ("checkpoints", [f"weights.{name}" for name in ("directory", "load", "parts", "convert", "verify", "obtain")]),
+    (
+        "checkpoints",
+        [
+            f"weights.{name}"
+            for name in ("directory", "load", "parts", "conversion", "families", "convert", "verify", "obtain")
+        ],
+    ),
     ("pipeline", ["recognise", "transcribe"]),
     ("training", ["training"]),
     ("doors", ["cli", "server", "__main__"]),

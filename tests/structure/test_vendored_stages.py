@@ -96,8 +96,8 @@ rows = Projection(ProjectionConfig(input_size=16, output_size=20))(mx.random.nor
 print(rows.shape, (rows ** 2).sum().item())
 """,
     "prompt": """
-from .prompt import PROFILES, PromptConfig, prompt_pieces
-print([prompt_pieces(PromptConfig(), name) for name in PROFILES])
+from .prompt import SPEECH_PROFILES, PromptConfig, prompt_pieces
+print([prompt_pieces(PromptConfig(), name) for name in SPEECH_PROFILES])
 """,
     "decoder cache": """
 import mlx.core as mx

@@ -1,4 +1,4 @@
-"""``qwen4b-asr convert``: make a model directory from the published parts."""
+"""``qwen4b-asr convert``: make a model directory from a published checkpoint, or from the 4B system's three parts."""
 
 from __future__ import annotations
 
@@ -7,27 +7,47 @@ import re
 import sys
 from pathlib import Path
 
+from ..errors import ConfigError
+
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``convert``."""
     parser.add_argument(
-        "--encoder",
+        "--checkpoint",
         type=Path,
-        required=True,
         metavar="DIR",
-        help="SenseVoiceSmall: a directory with model.pt (or model.safetensors), am.mvn and config.yaml",
+        help="a published checkpoint that is a whole model: SenseVoiceSmall, Fun-ASR-Nano and MLT-Nano (model.pt, or "
+        "transformers' layout), Canary-Qwen; which it is, its tensors tell",
     )
     parser.add_argument(
-        "--adaptor", type=Path, required=True, metavar="FILE", help="the adaptor's weights, .pt or .safetensors"
+        "--tokenizer",
+        type=Path,
+        metavar="DIR",
+        help="with --checkpoint: the language model's folder, where the checkpoint has no tokenizer.json",
+    )
+    parser.add_argument(
+        "--lora",
+        choices=("keep", "merge"),
+        default="keep",
+        help="with --checkpoint: keep low-rank adapters apart, or merge them into the weights (default: keep)",
+    )
+    parser.add_argument(
+        "--encoder",
+        type=Path,
+        metavar="DIR",
+        help="of the 4B system: SenseVoiceSmall, a directory with model.pt (or model.safetensors), am.mvn, config.yaml",
+    )
+    parser.add_argument(
+        "--adaptor", type=Path, metavar="FILE", help="of the 4B system: the adaptor's weights, .pt or .safetensors"
     )
     parser.add_argument(
         "--llm",
         type=Path,
-        required=True,
         metavar="DIR",
-        help="Qwen3: a Hugging Face directory with config.json, model*.safetensors and tokenizer.json",
+        help="of the 4B system: Qwen3, a Hugging Face or MLX directory with config.json, model*.safetensors and "
+        "tokenizer.json",
     )
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="the model directory to make")
     parser.add_argument(
@@ -68,21 +88,43 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         AsrError: If the parts are not as they should be; the caller prints it.
     """
-    from ..weights.convert import convert
+    from ..weights.convert import convert, convert_checkpoint
     from ._progress import byte_progress
 
+    given = sum(part is not None for part in (args.encoder, args.adaptor, args.llm))
+    if given != (3 if args.checkpoint is None else 0):
+        raise ConfigError("give --checkpoint, or all of --encoder, --adaptor and --llm")
+    common = {"dtype": args.dtype, "shard_bytes": args.shard_size, "force": args.force}
     with byte_progress("converting") as on_progress:
-        config = convert(
-            encoder=args.encoder,
-            adaptor=args.adaptor,
-            llm=args.llm,
-            output=args.output,
-            dtype=args.dtype,
-            shard_bytes=args.shard_size,
-            force=args.force,
-            encoder_heads=args.encoder_heads,
-            adaptor_heads=args.adaptor_heads,
-            on_progress=on_progress,
-        )
-    print(f"{args.output}: {config.name}. Transcribe with --model {args.output}", file=sys.stderr)
+        if args.checkpoint is not None:
+            config = convert_checkpoint(
+                args.checkpoint,
+                args.output,
+                tokenizer=args.tokenizer,
+                lora=args.lora,
+                on_progress=on_progress,
+                **common,
+            )
+        else:
+            config = convert(
+                encoder=args.encoder,
+                adaptor=args.adaptor,
+                llm=args.llm,
+                output=args.output,
+                encoder_heads=args.encoder_heads,
+                adaptor_heads=args.adaptor_heads,
+                on_progress=on_progress,
+                **common,
+            )
+    parts = {"encoder": config.encoder, "adaptor": config.adaptor, "decoder": config.decoder}
+    layers = [f"{count} {name}" for name, part in parts.items() if (count := _layers(part))]
+    print(
+        f"{args.output}: {config.name} with {', '.join(layers)} layers. Transcribe with --model {args.output}",
+        file=sys.stderr,
+    )
     return 0
+
+
+def _layers(part: object) -> int:
+    """Count the layers of a stage, under whichever name its configuration has them."""
+    return sum(getattr(part, name, 0) for name in ("num_blocks", "tp_blocks", "num_layers", "num_hidden_layers"))

@@ -39,7 +39,7 @@ output:
   one file       its text; with --translate, the translation on a line of its own
   several files  one line each: path, tab, text; with --translate, tab, translation
   --format json  one line per file: an object with file, text, tokens, language, duration_seconds, segments, timings,
-                 finish_reason, model
+                 finish_reason, model, and emotion, events and words where the model tells them
   --output-dir   DIR/STEM.txt or DIR/STEM.json; a second input of the same stem gets STEM-2
 
 other commands (--help after each):
@@ -77,7 +77,31 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("-f", "--format", choices=FORMATS, default="txt", help="output format (default: txt)")
     parser.add_argument("-o", "--output-dir", metavar="DIR", type=Path, help="write one file per recording there")
-    parser.add_argument("-l", "--language", help="auto, zh, en, yue, ja, ko or nospeech (default: auto)")
+    parser.add_argument(
+        "-l", "--language", help="auto, or one that the model knows, such as zh, en, yue, ja, ko (default: auto)"
+    )
+    parser.add_argument(
+        "--itn",
+        action=argparse.BooleanOptionalAction,
+        help="write numbers and punctuation as they are read (default: as the model was published)",
+    )
+    parser.add_argument(
+        "--decoder",
+        choices=("llm", "ctc", "ctc-beam"),
+        help="what writes the text: the language model, or the CTC head, by the best path or by prefix beam search "
+        "(default: the language model, where there is one)",
+    )
+    parser.add_argument(
+        "--hotword",
+        action="append",
+        metavar="WORD",
+        help="a word or name that is likely to be heard; may be given several times (Fun-ASR-Nano)",
+    )
+    parser.add_argument(
+        "--low-frame-rate",
+        action=argparse.BooleanOptionalAction,
+        help="give the language model an eighth of the audio rows (Fun-ASR-Nano; default: as configured)",
+    )
     parser.add_argument(
         "--prompt-profile", metavar="NAME", help="plain, raw, instruct or chatml (default: the model's)"
     )
@@ -95,6 +119,19 @@ def build_parser() -> argparse.ArgumentParser:
         choices=("auto", "float32", "bfloat16"),
         default="auto",
         help="of the decoder (default: auto, float32 on a CPU, bfloat16 on a GPU)",
+    )
+    parser.add_argument(
+        "--lora",
+        choices=("keep", "merge"),
+        default="keep",
+        help="low-rank adapters of the language model: keep them apart, or merge them into its weights (default: keep)",
+    )
+    parser.add_argument(
+        "--adapter",
+        action="append",
+        type=_adapter,
+        metavar="DIR[:STRENGTH]",
+        help="a PEFT adapter for the language model; may be given several times",
     )
     parser.add_argument("--stream", action="store_true", help="print the text as it comes")
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress and no warnings, only errors")
@@ -224,14 +261,16 @@ class _Job:
         self.progress.show(f"loading {self.options.model}")
         from ..transcribe import load
 
-        return load(self.options.model, dtype=self.options.dtype)
+        adapters = dict(self.options.adapter or ())
+        return load(self.options.model, dtype=self.options.dtype, lora=self.options.lora, adapters=adapters)
 
     def transcribe(self, file: str, samples: Any, seconds: float) -> dict[str, Any]:
         assert self.transcriber is not None
         self.progress.show(_shown(file))
-        names = ("language", "prompt_profile", "task", "max_tokens")
+        names = ("language", "prompt_profile", "task", "max_tokens", "decoder", "low_frame_rate")
         chosen = {name: getattr(self.options, name) for name in names}
         chosen["translate"] = self.options.translate or None
+        chosen |= {"use_itn": self.options.itn, "hotwords": self.options.hotword}
 
         def on_token(piece: str) -> None:
             self.progress.count_token()
@@ -290,6 +329,15 @@ class _Job:
 
 def _shown(file: str) -> str:
     return "standard input" if file == "-" else file
+
+
+def _adapter(text: str) -> tuple[str, float]:
+    """Read ``DIR`` or ``DIR:STRENGTH``."""
+    folder, colon, strength = text.rpartition(":")
+    try:
+        return (folder, float(strength)) if colon and folder else (text, 1.0)
+    except ValueError:
+        return text, 1.0
 
 
 def _positive(text: str) -> int:

@@ -1,4 +1,4 @@
-"""Make a model directory from the published parts: encoder, adaptor and language model.
+"""Make a model directory: from the 4B system's three parts, or from one published checkpoint.
 
 Only one block of one tensor is in memory at a time, whatever the size of the files. The output
 appears by one rename, so a conversion that is killed leaves nothing under its name.
@@ -15,28 +15,30 @@ import numpy as np
 
 from ..config import FILE_NAME as CONFIG_FILE
 from ..config import ModelConfig
-from ..errors import ConfigError
+from ..errors import CheckpointError, ConfigError
 from ..model import SpeechModel
 from ..version import __version__
 from .checkpoint import files_of
+from .conversion import Conversion, Tensors
 from .directory import (
     PROVENANCE_FILE,
-    TOKENIZER_FILE,
     copy_durably,
     file_sha256,
     staged_directory,
     write_checksums,
     write_json,
 )
+from .families import plan_checkpoint
 from .keymap import Assignment
 from .load import check_decoder_dtype, parameter_shapes
-from .parts import MVN_FILE, Sources, Tensors, check_files, plan_parts
+from .parts import check_files, plan_parts
+from .quantized import packed_types, type_problem
 from .safetensors_file import DEFAULT_SHARD_BYTES, OutgoingTensor, write_safetensors
 from .tensors import mlx_dtype
 
 DTYPES = ("float32", "bfloat16")
-# Kept beside the weights when the encoder's directory has them: the text of the CTC symbols.
-CTC_FILES = ("tokens.json", "chn_jpn_yue_eng_ko_spectok.bpe.model")
+_DECODER = "decoder."
+_CODES = frozenset({"U32", "U8"})  # of quantised weights and scales, stored as they are
 
 Progress = Callable[[str, int, int], None]
 
@@ -76,21 +78,64 @@ def convert(
         CheckpointError: If a file is missing, damaged, or the parts do not fit together.
         ConfigError: If the dtype is not one that works.
     """
+    encoder, adaptor, llm = (Path(path).expanduser() for path in (encoder, adaptor, llm))
+    check_files(encoder, adaptor, llm)
+    conversion = plan_parts(encoder, adaptor, llm, encoder_heads, adaptor_heads)
+    return write_conversion(conversion, output, dtype, shard_bytes=shard_bytes, force=force, on_progress=on_progress)
+
+
+def convert_checkpoint(
+    checkpoint: str | Path,
+    output: str | Path,
+    *,
+    tokenizer: str | Path | None = None,
+    dtype: str | None = None,
+    lora: str = "keep",
+    shard_bytes: int = DEFAULT_SHARD_BYTES,
+    force: bool = False,
+    on_progress: Progress | None = None,
+) -> ModelConfig:
+    """Convert one published checkpoint that is a whole model: SenseVoiceSmall, Fun-ASR-Nano, Canary-Qwen.
+
+    Args:
+        checkpoint: Its directory, as downloaded; which it is, its tensors tell.
+        output: The directory to make.
+        tokenizer: Directory of the language model's ``tokenizer.json``, where the checkpoint has none.
+        dtype: Type to store the decoder in; as in `convert`.
+        lora: ``keep`` adapters apart, or ``merge`` them into the weights.
+        shard_bytes: Largest size of a file of weights.
+        force: Whether an existing model directory is replaced.
+        on_progress: As in `convert`.
+
+    Returns:
+        The configuration of the new model.
+
+    Raises:
+        CheckpointError: If a file is missing or damaged, or this is none of the known checkpoints.
+        ConfigError: If an option is not one that works.
+    """
+    folder = None if tokenizer is None else Path(tokenizer).expanduser()
+    conversion = plan_checkpoint(Path(checkpoint).expanduser(), folder, lora=lora)
+    return write_conversion(conversion, output, dtype, shard_bytes=shard_bytes, force=force, on_progress=on_progress)
+
+
+def write_conversion(
+    conversion: Conversion,
+    output: str | Path,
+    dtype: str | None = None,
+    *,
+    shard_bytes: int = DEFAULT_SHARD_BYTES,
+    force: bool = False,
+    on_progress: Progress | None = None,
+) -> ModelConfig:
+    """Write what was planned; arguments and errors as in `convert`."""
     if dtype is not None:
         check_decoder_dtype(dtype, DTYPES)
     if shard_bytes < 1:
         raise ConfigError(f"shard size {shard_bytes}: must be at least 1 byte")
-    encoder, adaptor, llm = (Path(path).expanduser() for path in (encoder, adaptor, llm))
-    check_files(encoder, adaptor, llm)
-    config, sources = plan_parts(encoder, adaptor, llm, encoder_heads, adaptor_heads)
-    kinds = {ref.dtype for ref in sources.decoder.values()}
-    decoder_dtype = {"float32": "F32", "bfloat16": "BF16", None: "BF16" if kinds == {"BF16"} else "F32"}[dtype]
-    tensors = _outgoing(config, sources, decoder_dtype)
-    used = {
-        "encoder": [*files_of(sources.encoder), encoder / MVN_FILE],
-        "adaptor": files_of(sources.adaptor),
-        "llm": [*files_of(sources.decoder), llm / CONFIG_FILE, llm / TOKENIZER_FILE],
-    }
+    decoder_dtype = _decoder_dtype(conversion, dtype)
+    tensors = _outgoing(conversion, decoder_dtype)
+    used = {fill.part: [*files_of(fill.refs), *fill.files] for fill in conversion.fills}
     total = sum(tensor.nbytes for tensor in tensors)
     total += sum(path.stat().st_size for paths in used.values() for path in paths)
     done = 0
@@ -102,36 +147,48 @@ def convert(
             on_progress(name, done, total)
 
     with staged_directory(Path(output), force=force) as stage:
-        digests = {
-            CONFIG_FILE: write_json(stage / CONFIG_FILE, config.to_dict()),
-            TOKENIZER_FILE: copy_durably(llm / TOKENIZER_FILE, stage / TOKENIZER_FILE),
-        }
-        for name in CTC_FILES:
-            if (encoder / name).is_file():
-                digests[name] = copy_durably(encoder / name, stage / name)
+        digests = {CONFIG_FILE: write_json(stage / CONFIG_FILE, conversion.config.to_dict())}
+        for name, path in conversion.copies.items():
+            digests[name] = copy_durably(path, stage / name)
         digests.update(write_safetensors(stage, tensors, shard_bytes=shard_bytes, on_tensor=report))
         digests[PROVENANCE_FILE] = write_json(
-            stage / PROVENANCE_FILE, _provenance(used, sources, decoder_dtype, report)
+            stage / PROVENANCE_FILE, _provenance(conversion, used, decoder_dtype, report)
         )
         write_checksums(stage, digests)
-    return config
+    return conversion.config
 
 
-def _outgoing(config: ModelConfig, sources: Sources, decoder_dtype: str) -> list[OutgoingTensor]:
+def _decoder_dtype(conversion: Conversion, dtype: str | None) -> str:
+    """Return the type that the decoder's numbers are stored in: the one that loses nothing, unless another is asked."""
+    if dtype is not None:
+        return {"float32": "F32", "bfloat16": "BF16"}[dtype]
+    kinds = {
+        fill.refs[name].dtype
+        for fill in conversion.fills
+        for assignment in fill.plan.assignments
+        if f"{fill.prefix}{assignment.target}".startswith(_DECODER)
+        for name in assignment.sources
+    }
+    return "BF16" if kinds - _CODES == {"BF16"} else "F32"
+
+
+def _outgoing(conversion: Conversion, decoder_dtype: str) -> list[OutgoingTensor]:
     """List what is to be written, in the model's order."""
-    shapes = parameter_shapes(SpeechModel(config))
-    vectors = {"frontend.cmvn_shift": sources.mvn.shift, "frontend.cmvn_scale": sources.mvn.scale}
-    made: dict[str, Callable[[], Iterator[mx.array]]] = {}
-    for name, values in vectors.items():
-        made[name] = _once(values)
-    for part, refs in (("audio_encoder", sources.encoder), ("adaptor", sources.adaptor), ("decoder", sources.decoder)):
-        dtype = mlx_dtype(decoder_dtype if part == "decoder" else "F32")
-        for assignment in sources.plans[part].assignments:
-            made[f"{part}.{assignment.target}"] = _blocks(assignment, refs, dtype)
-    return [
-        OutgoingTensor(name, shape, decoder_dtype if name.startswith("decoder.") else "F32", made[name])
-        for name, shape in shapes.items()
-    ]
+    model = SpeechModel(conversion.config)
+    packed = packed_types(model)
+    kinds = {
+        name: packed.get(name, decoder_dtype if name.startswith(_DECODER) else "F32")
+        for name in parameter_shapes(model)
+    }
+    made = {name: _once(values) for name, values in conversion.vectors.items()}
+    for fill in conversion.fills:
+        for assignment in fill.plan.assignments:
+            name = f"{fill.prefix}{assignment.target}"
+            for source in assignment.sources:
+                if problem := type_problem(name, fill.refs[source].dtype, packed):
+                    raise CheckpointError(f"{fill.refs[source].file}: {problem}")
+            made[name] = _blocks(assignment, fill.refs, mlx_dtype(kinds[name]))
+    return [OutgoingTensor(name, shape, kinds[name], made[name]) for name, shape in parameter_shapes(model).items()]
 
 
 def _once(values: np.ndarray[Any, Any]) -> Callable[[], Iterator[mx.array]]:
@@ -150,7 +207,7 @@ def _blocks(assignment: Assignment, refs: Tensors, dtype: mx.Dtype) -> Callable[
 
 
 def _provenance(
-    used: dict[str, list[Path]], sources: Sources, decoder_dtype: str, report: Callable[[str, int], None]
+    conversion: Conversion, used: dict[str, list[Path]], decoder_dtype: str, report: Callable[[str, int], None]
 ) -> dict[str, Any]:
     def digest(path: Path) -> str:
         return file_sha256(path, lambda nbytes: report(f"checksum of {path.name}", nbytes))
@@ -160,5 +217,5 @@ def _provenance(
         "tool": f"qwen4b-asr {__version__}",
         "decoder_dtype": decoder_dtype,
         "sources": {part: {path.name: digest(path) for path in paths} for part, paths in used.items()},
-        "dropped": {name: why for plan in sources.plans.values() for name, why in plan.dropped.items()},
+        "dropped": {name: why for fill in conversion.fills for name, why in fill.plan.dropped.items()},
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from ..config import ModelConfig
 from ..errors import CheckpointError, ConfigError
+from ..fastconformer import FastConformerEncoder
 from ..model import SpeechModel
 from .checkpoint import files_of
+from .quantized import packed_types, type_problem
 from .safetensors_file import read_safetensors_directory
 from .tensors import FLOAT_DTYPES
 
@@ -47,8 +50,9 @@ def load_model(directory: str | Path, *, dtype: str = "auto") -> tuple[SpeechMod
     check_names_and_shapes(
         {name: ref.shape for name, ref in refs.items()}, parameter_shapes(model), source=str(directory)
     )
+    packed = packed_types(model)
     for ref in refs.values():
-        problem = storage_problem(ref.name, ref.dtype)
+        problem = storage_problem(ref.name, ref.dtype, packed)
         if problem:
             raise CheckpointError(f"{ref.file}: {problem}")
     weights: list[tuple[str, mx.array]] = []
@@ -58,9 +62,12 @@ def load_model(directory: str | Path, *, dtype: str = "auto") -> tuple[SpeechMod
             raise CheckpointError(f"{file}: MLX finds no named tensors in it")
         for name, array in arrays.items():
             wanted = decoder_dtype if name.startswith(_DECODER) else mx.float32
-            weights.append((name, array if array.dtype == wanted else array.astype(wanted)))
+            kept = name in packed or array.dtype == wanted
+            weights.append((name, array if kept else array.astype(wanted)))
     model.update(tree_unflatten(weights))
     model.eval()
+    if isinstance(model.audio_encoder, FastConformerEncoder):
+        model.audio_encoder.fold_batch_norms()
     return model, config
 
 
@@ -123,8 +130,16 @@ def name_and_shape_problems(found: dict[str, tuple[int, ...]], wanted: dict[str,
     return problems
 
 
-def storage_problem(name: str, dtype: str) -> str | None:
-    """Return what is wrong with the type that a tensor is stored in, if anything."""
+def storage_problem(name: str, dtype: str, packed: Mapping[str, str]) -> str | None:
+    """Return what is wrong with the type that a tensor is stored in, if anything.
+
+    Args:
+        name: The parameter that it fills.
+        dtype: Its type, named as in safetensors.
+        packed: From `packed_types`.
+    """
+    if name in packed:
+        return type_problem(name, dtype, packed)
     if dtype not in FLOAT_DTYPES - {"F64"}:
         return f"tensor {name!r} is stored as {dtype}, but weights are F32, BF16 or F16"
     if dtype == "F16" and name.startswith(_DECODER):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..errors import ConfigError, ModelNotFoundError
 from .catalog import KnownModel, Source, find_known, parse_repo
-from .convert import convert
+from .convert import convert, convert_checkpoint
 from .find import find_local, find_model, is_model_directory, models_folder
 from .hub import Hub, Progress
 
@@ -51,7 +51,18 @@ def _funasr_qwen4b(parts: Parts, output: Path, force: bool, on_progress: Progres
     )
 
 
-CONVERSIONS: Mapping[str, Recipe] = {"funasr-qwen4b": _funasr_qwen4b}
+def _whole(parts: Parts, output: Path, force: bool, on_progress: Progress | None) -> None:
+    convert_checkpoint(
+        parts.folders["model"], output, tokenizer=parts.folders.get("llm"), force=force, on_progress=on_progress
+    )
+
+
+CONVERSIONS: Mapping[str, Recipe] = {
+    "funasr-qwen4b": _funasr_qwen4b,
+    "sensevoice": _whole,
+    "fun-asr-nano": _whole,
+    "canary-qwen": _whole,
+}
 """How the sources of a catalog's model become a model directory, by the catalog's recipe."""
 
 

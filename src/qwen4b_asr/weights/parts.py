@@ -5,63 +5,45 @@ Nothing but headers and small files is read here; `convert` does the writing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import numpy.typing as npt
 
 from ..config import FILE_NAME as CONFIG_FILE
 from ..config import GenerationConfig, ModelConfig
 from ..errors import CheckpointError, PromptError
 from ..model import SpeechModel
-from ..prompt import PROFILES, PromptConfig, spell
+from ..pieces import PIECE_FILES
+from ..prompt import PROFILES, SPEECH_PROFILES, PromptConfig, spell
 from ..tokenizer import Tokenizer
 from .checkpoint import open_checkpoint
 from .config_yaml import read_config_yaml
+from .conversion import Conversion, Fill, check_floats, checked_mvn, renamed_shapes, shapes_of
 from .derive import adaptor_config, decoder_config, encoder_config, frontend_config, read_json_object
 from .directory import TOKENIZER_FILE
 from .kaldi_mvn import KaldiMvn, read_kaldi_mvn
-from .keymap import Plan, load_keymap
+from .keymap import load_keymap
 from .load import parameter_shapes
+from .quantized import decoder_quantization
 from .safetensors_file import INDEX_FILE, SINGLE_FILE
-from .tensors import FLOAT_DTYPES, TensorRef
 
 MVN_FILE = "am.mvn"
 _STOP_TOKENS = ("<|im_end|>", "<|endoftext|>")
 
-Tensors = Mapping[str, TensorRef]
-
-
-@dataclass(frozen=True)
-class Sources:
-    """The three parts, found and indexed; nothing but headers has been read.
-
-    Args:
-        encoder: Tensors of the SenseVoice checkpoint.
-        mvn: Its feature normalisation.
-        adaptor: Tensors of the adaptor.
-        decoder: Tensors of the language model.
-        plans: What happens to every tensor, by part of the model.
-    """
-
-    encoder: Tensors
-    mvn: KaldiMvn
-    adaptor: Tensors
-    decoder: Tensors
-    plans: Mapping[str, Plan]
-
 
 def plan_parts(
     encoder: Path, adaptor: Path, llm: Path, encoder_heads: int | None = None, adaptor_heads: int | None = None
-) -> tuple[ModelConfig, Sources]:
+) -> Conversion:
     """Read the parts' headers, derive the configuration, and assign every tensor; writes nothing.
 
     Raises:
         CheckpointError: If the parts are damaged or do not fit together.
     """
-    encoder_file = _encoder_file(encoder)
+    encoder_file = weights_file(encoder)
     encoder_refs, adaptor_refs, llm_refs = (open_checkpoint(path) for path in (encoder_file, adaptor, llm))
-    for refs in (encoder_refs, adaptor_refs, llm_refs):
-        _check_floats(refs)
+    for refs in (encoder_refs, adaptor_refs):
+        check_floats(refs)
     yaml = encoder / "config.yaml"
     settings = read_config_yaml(yaml) if yaml.is_file() else {}
     maps = {
@@ -70,29 +52,23 @@ def plan_parts(
         "decoder": load_keymap("qwen3"),
     }
     shapes = {
-        "audio_encoder": {name: ref.shape for name, ref in encoder_refs.items()},
-        "adaptor": {name: ref.shape for name, ref in adaptor_refs.items()},
-        "decoder": {name: ref.shape for name, ref in llm_refs.items()},
+        "audio_encoder": shapes_of(encoder_refs),
+        "adaptor": shapes_of(adaptor_refs),
+        "decoder": shapes_of(llm_refs),
     }
     files = {"audio_encoder": str(encoder_file), "adaptor": str(adaptor), "decoder": str(llm)}
-    renamed = maps["audio_encoder"].rename(shapes["audio_encoder"])
-    encoder_shapes = {target: encoder_refs[names[0]].shape for target, names in renamed.items()}
+    encoder_shapes = renamed_shapes(encoder_refs, maps["audio_encoder"])
     enc = encoder_config(encoder_shapes, settings, file=str(encoder_file), heads=encoder_heads)
     ada = adaptor_config(shapes["adaptor"], maps["adaptor"], file=str(adaptor), heads=adaptor_heads)
-    dec = decoder_config(llm / CONFIG_FILE)
+    dec = decoder_quantization(
+        decoder_config(llm / CONFIG_FILE), shapes["decoder"], keymap=maps["decoder"], file=str(llm)
+    )
     front = frontend_config(enc.input_size, settings, file=str(encoder))
     _check_fit("the encoder", encoder, enc.output_size, "takes", adaptor, ada.input_size)
     _check_fit("the language model", llm, dec.hidden_size, "gives", adaptor, ada.output_size)
     mvn = read_kaldi_mvn(encoder / MVN_FILE)
-    if mvn.shift.size != front.output_size:
-        raise CheckpointError(
-            f"{encoder / MVN_FILE}: normalises rows of {mvn.shift.size}, but the encoder takes {front.output_size}"
-        )
-    tokenizer = Tokenizer(llm / TOKENIZER_FILE)
-    if tokenizer.vocab_size > dec.vocab_size:
-        raise CheckpointError(
-            f"{llm / TOKENIZER_FILE}: has {tokenizer.vocab_size} tokens, but the language model only {dec.vocab_size}"
-        )
+    checked_mvn(mvn.shift, front.output_size, encoder / MVN_FILE)
+    tokenizer = checked_tokenizer(llm / TOKENIZER_FILE, dec.vocab_size)
     try:
         config = ModelConfig(
             frontend=front,
@@ -100,7 +76,7 @@ def plan_parts(
             adaptor=ada,
             decoder=dec,
             prompt=_prompt_config(tokenizer),
-            generation=GenerationConfig(stop_token_ids=_stop_tokens(llm, tokenizer)),
+            generation=GenerationConfig(stop_token_ids=stop_tokens(llm, tokenizer)),
         )
     except ValueError as error:
         raise CheckpointError(f"{llm}: {error}") from error
@@ -109,7 +85,31 @@ def plan_parts(
     for part, keymap in maps.items():
         inside = {name[len(part) + 1 :]: shape for name, shape in wanted.items() if name.startswith(f"{part}.")}
         plans[part] = keymap.plan(shapes[part], inside, file=files[part])
-    return config, Sources(encoder_refs, mvn, adaptor_refs, llm_refs, plans)
+    fills = (
+        Fill("encoder", "audio_encoder.", encoder_refs, plans["audio_encoder"], (encoder / MVN_FILE,)),
+        Fill("adaptor", "adaptor.", adaptor_refs, plans["adaptor"]),
+        Fill("llm", "decoder.", llm_refs, plans["decoder"], (llm / CONFIG_FILE, llm / TOKENIZER_FILE)),
+    )
+    copies = {TOKENIZER_FILE: llm / TOKENIZER_FILE}
+    copies.update({name: encoder / name for name in PIECE_FILES if (encoder / name).is_file()})
+    return Conversion(config, fills, mvn_vectors(mvn), copies)
+
+
+def mvn_vectors(mvn: KaldiMvn) -> dict[str, npt.NDArray[Any]]:
+    """Return a normalisation under the names of the front end's parameters."""
+    return {"frontend.cmvn_shift": mvn.shift, "frontend.cmvn_scale": mvn.scale}
+
+
+def checked_tokenizer(file: Path, vocab_size: int) -> Tokenizer:
+    """Read a tokenizer and make sure that the language model knows its tokens.
+
+    Raises:
+        CheckpointError: If it is none, or has more tokens than the model.
+    """
+    tokenizer = Tokenizer(file)
+    if tokenizer.vocab_size > vocab_size:
+        raise CheckpointError(f"{file}: has {tokenizer.vocab_size} tokens, but the language model only {vocab_size}")
+    return tokenizer
 
 
 def check_files(encoder: Path, adaptor: Path, llm: Path) -> None:
@@ -117,7 +117,7 @@ def check_files(encoder: Path, adaptor: Path, llm: Path) -> None:
     for path, what in ((encoder, "encoder"), (llm, "llm")):
         if not path.is_dir():
             raise CheckpointError(f"{path}: --{what} must be a directory, and there is none")
-    _encoder_file(encoder)
+    weights_file(encoder)
     if not (encoder / MVN_FILE).is_file():
         raise CheckpointError(
             f"{encoder}: {MVN_FILE} is missing; it comes with SenseVoiceSmall and holds the features' normalisation, "
@@ -132,22 +132,18 @@ def check_files(encoder: Path, adaptor: Path, llm: Path) -> None:
         raise CheckpointError(f"{llm}: the weights are missing: {SINGLE_FILE}, or {INDEX_FILE} with its shards")
 
 
-def _encoder_file(directory: Path) -> Path:
+def weights_file(directory: Path) -> Path:
+    """Return the file of weights in a directory, or the directory itself where they are in shards.
+
+    Raises:
+        CheckpointError: If there is none.
+    """
     for name in ("model.pt", SINGLE_FILE):
         if (directory / name).is_file():
             return directory / name
     if (directory / INDEX_FILE).is_file():
         return directory
     raise CheckpointError(f"{directory}: the weights are missing: model.pt or {SINGLE_FILE}")
-
-
-def _check_floats(refs: Tensors) -> None:
-    for ref in refs.values():
-        if ref.dtype not in FLOAT_DTYPES:
-            raise CheckpointError(
-                f"{ref.file}: tensor {ref.name!r} is {ref.dtype}, but weights are floating point; "
-                "quantised checkpoints cannot be converted"
-            )
 
 
 def _check_fit(what: str, path: Path, width: int, verb: str, adaptor: Path, adaptor_width: int) -> None:
@@ -168,11 +164,13 @@ def _prompt_config(tokenizer: Tokenizer) -> PromptConfig:
             return False
         return True
 
-    names = tuple(n for n, p in PROFILES.items() if all(spells(text) for form in p.forms.values() for text in form))
+    names = tuple(
+        name for name in SPEECH_PROFILES if all(spells(t) for form in PROFILES[name].forms.values() for t in form)
+    )
     return PromptConfig(profile=PromptConfig.profile if PromptConfig.profile in names else names[0], profiles=names)
 
 
-def _stop_tokens(llm: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
+def stop_tokens(llm: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
     """Collect the ends of text that the checkpoint's own files name."""
     found: list[int] = []
     for name in ("generation_config.json", CONFIG_FILE):

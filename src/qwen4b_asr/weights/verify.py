@@ -14,9 +14,11 @@ from ..config import FILE_NAME as CONFIG_FILE
 from ..config import ModelConfig
 from ..errors import AsrError, CheckpointError, ConfigError
 from ..model import SpeechModel
+from ..pieces import PIECE_FILES
 from ..tokenizer import Tokenizer
 from .directory import CHECKSUMS_FILE, SCHEMA, TOKENIZER_FILE, file_sha256
 from .load import name_and_shape_problems, parameter_shapes, storage_problem
+from .quantized import packed_types
 from .safetensors_file import INDEX_FILE, read_safetensors_directory
 from .tensors import TensorRef
 
@@ -94,7 +96,7 @@ def verify(directory: str | Path, *, on_progress: Progress | None = None) -> Ver
             on_progress(what, done, total)
 
     problems += _checksum_problems(directory, listed, {ref.file.name for ref in refs.values()}, report)
-    problems += _model_problems(directory, refs)
+    problems += _model_problems(directory, refs, listed)
     for ref in refs.values():
         bad = sum(int(np.count_nonzero(~np.isfinite(np.array(block)))) for block in _float_blocks(ref))
         if bad:
@@ -139,7 +141,7 @@ def _checksum_problems(
             problems.append(f"{name} is missing")
         elif file_sha256(path, lambda nbytes: report("checksums", nbytes)) != digest:
             problems.append(f"{name} does not have the checksum that {CHECKSUMS_FILE} gives: it was changed or damaged")
-    needed = {CONFIG_FILE, TOKENIZER_FILE, *weight_files}
+    needed = {CONFIG_FILE, *weight_files}
     if (directory / INDEX_FILE).is_file():
         needed.add(INDEX_FILE)
     if listed:
@@ -147,18 +149,23 @@ def _checksum_problems(
     return problems
 
 
-def _model_problems(directory: Path, refs: dict[str, TensorRef]) -> list[str]:
+def _model_problems(directory: Path, refs: dict[str, TensorRef], listed: dict[str, str]) -> list[str]:
     try:
         config = ModelConfig.load(directory)
     except ConfigError as error:
         return [str(error)]
     problems = []
     if refs:
-        wanted = parameter_shapes(SpeechModel(config))
+        model = SpeechModel(config)
+        wanted, packed = parameter_shapes(model), packed_types(model)
         problems += name_and_shape_problems({name: ref.shape for name, ref in refs.items()}, wanted)
-        problems += [p for ref in refs.values() if (p := storage_problem(ref.name, ref.dtype)) is not None]
+        problems += [p for ref in refs.values() if (p := storage_problem(ref.name, ref.dtype, packed)) is not None]
     if config.decoder is None:
+        if config.ctc_symbols is None and not any((directory / name).is_file() for name in PIECE_FILES):
+            problems.append(f"{' or '.join(PIECE_FILES)} is missing: it says what the CTC symbols read as")
         return problems
+    if listed and TOKENIZER_FILE not in listed:
+        problems.append(f"{TOKENIZER_FILE} is not listed in {CHECKSUMS_FILE}")
     try:
         size = Tokenizer(directory / TOKENIZER_FILE).vocab_size
     except AsrError as error:
