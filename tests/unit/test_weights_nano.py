@@ -187,6 +187,20 @@ def test_missing_files_are_named(tmp_path):
         read_nano(tmp_path)
 
 
+@pytest.mark.parametrize("layout", ["funasr", "hf"])
+def test_the_language_models_files_may_lie_elsewhere(tmp_path, layout):
+    files.write_nano(tmp_path / "nano", layout)
+    inside = tmp_path / "nano" / ("Qwen3-tiny" if layout == "funasr" else ".")
+    elsewhere = tmp_path / "llm"
+    elsewhere.mkdir()
+    (inside / "tokenizer.json").rename(elsewhere / "tokenizer.json")
+    if layout == "funasr":
+        (inside / "config.json").rename(elsewhere / "config.json")
+    checkpoint = read_nano(tmp_path / "nano", llm=elsewhere)
+    assert checkpoint.llm == elsewhere
+    assert checkpoint.decoder == files.DECODER
+
+
 def test_a_configuration_without_a_language_model_is_an_error(tmp_path):
     files.write_nano(tmp_path, "hf")
     (tmp_path / "config.json").write_text(json.dumps({"audio_config": {"num_attention_heads": 4}}))

@@ -77,11 +77,14 @@ class NanoCheckpoint:
     note: str
 
 
-def read_nano(directory: Path, *, multilingual: bool | None = None, encoder_heads: int | None = None) -> NanoCheckpoint:
+def read_nano(
+    directory: Path, *, llm: Path | None = None, multilingual: bool | None = None, encoder_heads: int | None = None
+) -> NanoCheckpoint:
     """Find a published checkpoint's files and read its sizes.
 
     Args:
         directory: What was downloaded, in either layout.
+        llm: Directory with the language model's small files, where they are not inside `directory`.
         multilingual: Whether it is MLT-Nano, whose weights have the same shapes; None goes by the directory's name.
         encoder_heads: Attention heads of the encoder, where neither the files nor the width tell.
 
@@ -99,10 +102,10 @@ def read_nano(directory: Path, *, multilingual: bool | None = None, encoder_head
     if ported:
         values = read_json_object(config)
         settings, used = _ported_settings(values), [file, config]
-        decoder, llm = _ported_decoder(values, config), directory
+        decoder, llm = _ported_decoder(values, config), llm or directory
     else:
         settings, used = read_config_yaml(yaml) if yaml.is_file() else {}, [file]
-        llm = _language_model(directory)
+        llm = llm or _language_model(directory)
         decoder = decoder_config(llm / "config.json")
         used += [yaml] if yaml.is_file() else []
         used.append(llm / "config.json")
