@@ -14,42 +14,48 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .errors import AsrError, AudioError, CheckpointError, ConfigError, ModelNotFoundError, PromptError
+from .errors import AsrError, AudioError, CheckpointError, ConfigError, DownloadError, ModelNotFoundError, PromptError
 from .version import __version__
 
 if TYPE_CHECKING:
+    from .recognise import Recogniser
     from .transcribe import Transcriber, load
-    from .transcript import Segment, TranscribeOptions, Transcript
+    from .transcript import Segment, TranscribeOptions, Transcript, Turn, Word
 
 __all__ = [
     "AsrError",
     "AudioError",
     "CheckpointError",
     "ConfigError",
+    "DownloadError",
     "ModelNotFoundError",
     "PromptError",
+    "Recogniser",
     "Segment",
     "TranscribeOptions",
     "Transcriber",
     "Transcript",
+    "Turn",
+    "Word",
     "__version__",
     "load",
 ]
 
 _PIPELINE = frozenset({"Transcriber", "load"})
-_RESULTS = frozenset({"Segment", "TranscribeOptions", "Transcript"})
+_RESULTS = frozenset({"Segment", "TranscribeOptions", "Transcript", "Turn", "Word"})
 
 
 def __getattr__(name: str) -> Any:
     """Import the names that need MLX when they are first asked for (PEP 562)."""
-    if name not in _PIPELINE | _RESULTS:
+    if name not in _PIPELINE | _RESULTS | {"Recogniser"}:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from ._blas import preload_openblas
 
     preload_openblas()
-    from . import transcribe, transcript
+    from . import recognise, transcribe, transcript
 
-    return getattr(transcribe if name in _PIPELINE else transcript, name)
+    home = transcribe if name in _PIPELINE else transcript if name in _RESULTS else recognise
+    return getattr(home, name)
 
 
 def __dir__() -> list[str]:

@@ -26,7 +26,7 @@ class FakeTranscriber:
         self.calls: list[dict[str, Any]] = []
         self.loaded: list[tuple[str, str]] = []
 
-    def load(self, path_or_name: str, dtype: str = "auto") -> FakeTranscriber:
+    def load(self, path_or_name: str, dtype: str = "auto", **options: Any) -> FakeTranscriber:
         """Stand in for `qwen4b_asr.load`."""
         self.loaded.append((path_or_name, dtype))
         return self

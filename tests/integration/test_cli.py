@@ -275,7 +275,7 @@ def test_interruption(capsys, fake):
         ("--form json a.wav", "unrecognized arguments"),
         ("- a.wav -", "only once"),
         ("verify", "required: DIR"),
-        ("convert --output x", "required: --encoder"),
+        ("convert", "required: --output"),
     ],
 )
 def test_wrong_usage(capsys, fake, arguments, words):

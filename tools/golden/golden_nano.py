@@ -64,8 +64,8 @@ class _Symbols:
     """Stands in for the CTC tokenizer, whose text nobody reads here."""
 
 
-def build(seed: int) -> Any:
-    """Return an evaluation-mode FunASRNano with noise in every parameter."""
+def build(seed: int, gain: float = 1.2) -> Any:
+    """Return an evaluation-mode FunASRNano with noise in every parameter, of `gain` as in `reference.randomise`."""
     encoder = {key: value for key, value in ENCODER.items() if key != "sanm_shift"}
     with tempfile.TemporaryDirectory() as folder:
         ref.decoder_config(DECODER).save_pretrained(folder)
@@ -89,8 +89,8 @@ def build(seed: int) -> Any:
             ctc_vocab_size=CTC_SYMBOLS,
         )  # fmt: skip
     for index, part in enumerate((model.audio_encoder, model.audio_adaptor, model.ctc_decoder, model.ctc)):
-        ref.randomise(part, seed + index, gain=1.2)
-    ref.randomise(model.llm, seed + 10, gain=1.3, embedding=0.5)
+        ref.randomise(part, seed + index, gain=gain)
+    ref.randomise(model.llm, seed + 10, gain=gain + 0.1, embedding=0.5)
     return model.eval()
 
 

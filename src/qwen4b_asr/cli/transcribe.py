@@ -43,7 +43,10 @@ output:
   --output-dir   DIR/STEM.txt or DIR/STEM.json; a second input of the same stem gets STEM-2
 
 other commands (--help after each):
-  {PROGRAM} convert    build a model directory from its published parts
+  {PROGRAM} models     list the models that are known: what is here, sizes, licences
+  {PROGRAM} download   fetch a model by name and make it ready
+  {PROGRAM} info       parameters, sizes and types of a model
+  {PROGRAM} convert    build a model directory from a published checkpoint
   {PROGRAM} verify     check a model directory
   {PROGRAM} train      train the demonstration model
   {PROGRAM} doctor     show what this machine runs on, and what is wrong with it
@@ -51,6 +54,8 @@ other commands (--help after each):
 
 environment:
   {MODEL_VARIABLE}   model to use without --model
+  QWEN4B_ASR_MODELS  folder of the models that download makes
+  HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE, HF_TOKEN: as everywhere
   QWEN4B_ASR_BLAS    Linux: BLAS library to load for MLX, or off; an OpenBLAS is found by itself
   QWEN4B_ASR_KERNELS custom kernels on a GPU: on, off, or names separated by commas
 
@@ -73,7 +78,8 @@ def build_parser() -> argparse.ArgumentParser:
         "-m",
         "--model",
         default=os.environ.get(MODEL_VARIABLE) or None,
-        help=f"directory that `{PROGRAM} convert` wrote, or demo: spoken numbers only [env: {MODEL_VARIABLE}]",
+        help=f"a name that `{PROGRAM} models` lists, such as demo (spoken numbers only), owner/name of the hub, or a "
+        f"directory that `{PROGRAM} convert` wrote [env: {MODEL_VARIABLE}]",
     )
     parser.add_argument("-f", "--format", choices=FORMATS, default="txt", help="output format (default: txt)")
     parser.add_argument("-o", "--output-dir", metavar="DIR", type=Path, help="write one file per recording there")
@@ -260,9 +266,16 @@ class _Job:
     def load(self) -> Transcriber | Recogniser:
         self.progress.show(f"loading {self.options.model}")
         from ..transcribe import load
+        from ._progress import byte_progress
 
         adapters = dict(self.options.adapter or ())
-        return load(self.options.model, dtype=self.options.dtype, lora=self.options.lora, adapters=adapters)
+        return load(
+            self.options.model,
+            dtype=self.options.dtype,
+            lora=self.options.lora,
+            adapters=adapters,
+            progress=byte_progress,
+        )
 
     def transcribe(self, file: str, samples: Any, seconds: float) -> dict[str, Any]:
         assert self.transcriber is not None
