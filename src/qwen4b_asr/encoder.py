@@ -189,6 +189,10 @@ class SanmEncoder(nn.Module):
         dtype = x.dtype
         # Positions beyond a few hundred collapse in bfloat16, so the sum is always float32.
         x = x.astype(mx.float32) * self.scale + sinusoidal_positions(x.shape[1], x.shape[2])
+        if not self.encoders0[0].residual:
+            # Nothing but the first norm reads these rows, and it takes their mean away. Features that nobody normalised
+            # have means of many deviations, on which one sum in float32 loses fifty times what torch does.
+            x = x - mx.mean(x, axis=-1, keepdims=True)
         x = x.astype(dtype)
         for layer in (*self.encoders0, *self.encoders):
             x = layer(x, mask)
