@@ -138,6 +138,8 @@ def _quantization(settings: Mapping[str, Any]) -> dict[str, Any] | None:
     for holder in (settings, settings.get("decoder")):
         found = holder.get("quantization") if isinstance(holder, dict) else None
         if isinstance(found, dict):
+            if "default" in found:  # as a converted model writes it
+                return {**found["default"], **{path: own for path, own in found["overrides"].items() if own}}
             return found
     return None
 
@@ -183,6 +185,7 @@ def _parameters(tensor: _Tensor, others: Mapping[str, _Tensor], quantization: Ma
     if packed is None or scales is None or packed.dtype != "U32":
         return prod(tensor.shape)
     if last == "weight":
+        stem = stem.replace(".base_layer", "")
         own = quantization.get(stem) or quantization.get(stem.partition(".")[2])
         settings = own if isinstance(own, dict) else quantization
         return prod(scales.shape) * int(settings.get("group_size", _GROUP_SIZE))
