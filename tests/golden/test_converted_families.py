@@ -16,7 +16,7 @@ import qwen4b_asr
 from qwen4b_asr.recognise import Recogniser
 from qwen4b_asr.transcribe import Transcriber
 from qwen4b_asr.transcript import Turn
-from qwen4b_asr.weights.convert import convert_checkpoint
+from qwen4b_asr.weights.convert import convert, convert_checkpoint
 from qwen4b_asr.weights.verify import verify
 
 from . import canary, checks, checks_nano
@@ -133,6 +133,26 @@ def test_nano_spells_its_ctc_symbols(nano: Model) -> None:
     assert list(found.tokens) == collapsed
     assert found.text == "".join(chr(ord("a") + token) for token in collapsed if token < 26).strip()
     assert found.words
+
+
+def test_the_encoder_of_another_model_is_refused_by_name(tmp_path: Path) -> None:
+    save_file(golden("nano").weights(), tmp_path / "model.safetensors")
+    (tmp_path / "am.mvn").write_bytes(golden("features")["source/am_mvn"].tobytes())
+    (tmp_path / "config.json").write_text("{}")
+    shutil.copy(DATA / "tokenizer.json", tmp_path)
+    adaptor = tmp_path / "adaptor.safetensors"
+    save_file(golden("adaptor").weights(), adaptor)
+    with pytest.raises(qwen4b_asr.CheckpointError, match=r"is fun-asr-nano; .* not the weights that the 4B adaptor"):
+        convert(encoder=tmp_path, adaptor=adaptor, llm=tmp_path, output=tmp_path / "out")
+
+
+def test_a_checkpoint_that_nobody_knows_says_what_is_known(tmp_path: Path) -> None:
+    save_file({"some.weight": np.zeros(3, np.float32)}, tmp_path / "model.safetensors")
+    with pytest.raises(qwen4b_asr.CheckpointError, match=r"none of the checkpoints .*sensevoice-small.* some\.weight"):
+        convert_checkpoint(tmp_path, tmp_path / "out")
+    with pytest.raises(qwen4b_asr.CheckpointError, match="must be the directory of a checkpoint"):
+        convert_checkpoint(tmp_path / "nowhere", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 # --- Canary-Qwen --------------------------------------------------------------------------------------------------

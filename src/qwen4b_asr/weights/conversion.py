@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from ..config import ModelConfig
 from ..errors import CheckpointError
+from .canary import is_canary
 from .keymap import KeyMap, Plan, Shape
 from .tensors import FLOAT_DTYPES, TensorRef
 
@@ -86,3 +87,17 @@ def checked_mvn(values: np.ndarray[Any, Any], rows: int, file: Path) -> None:
     """
     if values.size != rows:
         raise CheckpointError(f"{file}: normalises rows of {values.size}, but the encoder takes {rows}")
+
+
+def identify(refs: Mapping[str, object]) -> str | None:
+    """Return which checkpoint has tensors of these names; None if none that is known has."""
+    bare = {name.removeprefix("model.") for name in refs}
+    if is_canary(refs):
+        return "canary-qwen"
+    if "audio_adaptor.linear1.weight" in bare:
+        return "fun-asr-nano"
+    if any(name.startswith("audio_tower.") for name in bare):
+        return "fun-asr-nano-hf"
+    if "embed.weight" in bare and any(name.startswith("encoder.encoders0.") for name in bare):
+        return "sensevoice-small"
+    return None

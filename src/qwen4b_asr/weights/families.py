@@ -19,10 +19,10 @@ from ..nano_prompt import MLT_NANO_LANGUAGES, NANO_LANGUAGES, NanoPromptConfig
 from ..pieces import PIECE_FILES
 from ..prompt import PromptConfig
 from .adapters import checkpoint_adapter, merged_tensors
-from .canary import canary_configs, is_canary
+from .canary import canary_configs
 from .checkpoint import open_checkpoint
 from .config_yaml import read_config_yaml
-from .conversion import Conversion, Fill, Tensors, check_floats, checked_mvn, renamed_shapes, shapes_of
+from .conversion import Conversion, Fill, Tensors, check_floats, checked_mvn, identify, renamed_shapes, shapes_of
 from .derive import Sizes, decoder_config, encoder_config, frontend_config, read_json_object
 from .directory import TOKENIZER_FILE
 from .kaldi_mvn import read_kaldi_mvn
@@ -61,20 +61,6 @@ def plan_checkpoint(directory: Path, tokenizer: Path | None = None, *, lora: str
         )
     conversion = _PLANS[family](directory, refs, tokenizer, lora)
     return replace(conversion, config=replace(conversion.config, name=_name(family, conversion.config)))
-
-
-def identify(refs: Mapping[str, object]) -> str | None:
-    """Return which checkpoint has tensors of these names; None if none that is known has."""
-    bare = {name.removeprefix("model.") for name in refs}
-    if is_canary(refs):
-        return "canary-qwen"
-    if "audio_adaptor.linear1.weight" in bare:
-        return "fun-asr-nano"
-    if any(name.startswith("audio_tower.") for name in bare):
-        return "fun-asr-nano-hf"
-    if "embed.weight" in bare and any(name.startswith("encoder.encoders0.") for name in bare):
-        return "sensevoice-small"
-    return None
 
 
 def _plan_sensevoice(directory: Path, refs: Tensors, _: Path | None, __: str) -> Conversion:

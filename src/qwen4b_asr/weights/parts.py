@@ -19,7 +19,7 @@ from ..prompt import PROFILES, SPEECH_PROFILES, PromptConfig, spell
 from ..tokenizer import Tokenizer
 from .checkpoint import open_checkpoint
 from .config_yaml import read_config_yaml
-from .conversion import Conversion, Fill, check_floats, checked_mvn, renamed_shapes, shapes_of
+from .conversion import Conversion, Fill, check_floats, checked_mvn, identify, renamed_shapes, shapes_of
 from .derive import adaptor_config, decoder_config, encoder_config, frontend_config, read_json_object
 from .directory import TOKENIZER_FILE
 from .kaldi_mvn import KaldiMvn, read_kaldi_mvn
@@ -42,6 +42,12 @@ def plan_parts(
     """
     encoder_file = weights_file(encoder)
     encoder_refs, adaptor_refs, llm_refs = (open_checkpoint(path) for path in (encoder_file, adaptor, llm))
+    family = identify(encoder_refs)
+    if family not in (None, "sensevoice-small"):
+        raise CheckpointError(
+            f"{encoder}: is {family}; its encoder may have SenseVoiceSmall's shapes, but not the weights that the 4B "
+            "adaptor was trained on (a whole model is converted with --checkpoint)"
+        )
     for refs in (encoder_refs, adaptor_refs):
         check_floats(refs)
     yaml = encoder / "config.yaml"
