@@ -8,8 +8,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 from safetensors.numpy import save_file
 
 import qwen4b_asr
@@ -18,6 +20,7 @@ from qwen4b_asr.transcribe import Transcriber
 from qwen4b_asr.transcript import Turn
 from qwen4b_asr.weights.convert import convert, convert_checkpoint
 from qwen4b_asr.weights.verify import verify
+from tests.helpers import nano_files
 
 from . import canary, checks, checks_nano
 from .support import DATA, golden
@@ -111,6 +114,19 @@ def test_nano_writes_what_funasr_does(nano: Model, name: str) -> None:
     assert list(found.tokens) == (ids[: stops[0]] if stops else ids)
 
 
+@pytest.mark.parametrize("layout", nano_files.LAYOUTS)
+def test_every_published_layout_of_nano_becomes_the_same_model(layout: str, tmp_path: Path) -> None:
+    models = []
+    for name in ("funasr", layout):
+        source = tmp_path / f"{name}-published"
+        nano_files.write_nano(source, name)
+        models.append(load_converted(source, tmp_path / f"{name}-{len(models)}"))
+    one, other = (dict(tree_flatten(model.model.parameters())) for model in models)
+    shared = one.keys() & other.keys()
+    assert shared >= {name for name in one if not name.startswith("ctc.")}
+    assert all(mx.array_equal(one[name], other[name]).item() for name in shared)
+
+
 def test_nano_reads_earlier_turns(nano: Model) -> None:
     long, short = (np.asarray(checks_nano.clip(name)) for name in ("long", "short"))
     alone = nano.transcribe(short, max_tokens=8)
@@ -142,13 +158,15 @@ def test_the_encoder_of_another_model_is_refused_by_name(tmp_path: Path) -> None
     shutil.copy(DATA / "tokenizer.json", tmp_path)
     adaptor = tmp_path / "adaptor.safetensors"
     save_file(golden("adaptor").weights(), adaptor)
-    with pytest.raises(qwen4b_asr.CheckpointError, match=r"is fun-asr-nano; .* not the weights that the 4B adaptor"):
+    with pytest.raises(
+        qwen4b_asr.CheckpointError, match=r"this is Fun-ASR-Nano .* not SenseVoiceSmall: their encoders"
+    ):
         convert(encoder=tmp_path, adaptor=adaptor, llm=tmp_path, output=tmp_path / "out")
 
 
 def test_a_checkpoint_that_nobody_knows_says_what_is_known(tmp_path: Path) -> None:
     save_file({"some.weight": np.zeros(3, np.float32)}, tmp_path / "model.safetensors")
-    with pytest.raises(qwen4b_asr.CheckpointError, match=r"none of the checkpoints .*sensevoice-small.* some\.weight"):
+    with pytest.raises(qwen4b_asr.CheckpointError, match=r"none of the checkpoints .*sensevoice.* some\.weight"):
         convert_checkpoint(tmp_path, tmp_path / "out")
     with pytest.raises(qwen4b_asr.CheckpointError, match="must be the directory of a checkpoint"):
         convert_checkpoint(tmp_path / "nowhere", tmp_path / "out")

@@ -12,7 +12,6 @@ import numpy.typing as npt
 
 from ..config import ModelConfig
 from ..errors import CheckpointError
-from .canary import is_canary
 from .keymap import KeyMap, Plan, Shape
 from .tensors import FLOAT_DTYPES, TensorRef
 
@@ -47,12 +46,16 @@ class Conversion:
         fills: Where its weights come from.
         vectors: Parameters that are computed rather than copied, float32.
         copies: Files that go along: name in the new directory -> file.
+        fingerprint: Of a SANM encoder, kept in the provenance; empty for others.
+        note: What a user should know of the checkpoint; empty if there is nothing.
     """
 
     config: ModelConfig
     fills: tuple[Fill, ...]
     vectors: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
     copies: Mapping[str, Path] = field(default_factory=dict)
+    fingerprint: str = ""
+    note: str = ""
 
 
 def shapes_of(refs: Tensors) -> dict[str, Shape]:
@@ -87,17 +90,3 @@ def checked_mvn(values: np.ndarray[Any, Any], rows: int, file: Path) -> None:
     """
     if values.size != rows:
         raise CheckpointError(f"{file}: normalises rows of {values.size}, but the encoder takes {rows}")
-
-
-def identify(refs: Mapping[str, object]) -> str | None:
-    """Return which checkpoint has tensors of these names; None if none that is known has."""
-    bare = {name.removeprefix("model.") for name in refs}
-    if is_canary(refs):
-        return "canary-qwen"
-    if "audio_adaptor.linear1.weight" in bare:
-        return "fun-asr-nano"
-    if any(name.startswith("audio_tower.") for name in bare):
-        return "fun-asr-nano-hf"
-    if "embed.weight" in bare and any(name.startswith("encoder.encoders0.") for name in bare):
-        return "sensevoice-small"
-    return None

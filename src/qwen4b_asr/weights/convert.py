@@ -216,6 +216,7 @@ def _provenance(
         "schema": 1,
         "tool": f"qwen4b-asr {__version__}",
         "decoder_dtype": decoder_dtype,
+        **({"encoder_fingerprint": conversion.fingerprint} if conversion.fingerprint else {}),
         "sources": {part: {path.name: digest(path) for path in paths} for part, paths in used.items()},
         "dropped": {name: why for fill in conversion.fills for name, why in fill.plan.dropped.items()},
     }

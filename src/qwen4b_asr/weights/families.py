@@ -11,24 +11,24 @@ from pathlib import Path
 
 from ..config import FILE_NAME as CONFIG_FILE
 from ..config import GenerationConfig, ModelConfig
-from ..decoder import DecoderConfig
 from ..errors import CheckpointError, ConfigError
 from ..model import SpeechModel
-from ..nano_adaptor import NanoAdaptorConfig, NanoCtcConfig
-from ..nano_prompt import MLT_NANO_LANGUAGES, NANO_LANGUAGES, NanoPromptConfig
+from ..nano_prompt import MLT_NANO_LANGUAGES, NanoPromptConfig
 from ..pieces import PIECE_FILES
 from ..prompt import PromptConfig
 from .adapters import checkpoint_adapter, merged_tensors
 from .canary import canary_configs
 from .checkpoint import open_checkpoint
 from .config_yaml import read_config_yaml
-from .conversion import Conversion, Fill, Tensors, check_floats, checked_mvn, identify, renamed_shapes, shapes_of
-from .derive import Sizes, decoder_config, encoder_config, frontend_config, read_json_object
+from .conversion import Conversion, Fill, Tensors, check_floats, checked_mvn, renamed_shapes, shapes_of
+from .derive import encoder_config, frontend_config, read_json_object
 from .directory import TOKENIZER_FILE
 from .kaldi_mvn import read_kaldi_mvn
-from .keymap import KeyMap, Shape, load_keymap
+from .keymap import KeyMap, load_keymap
 from .load import parameter_shapes
-from .parts import MVN_FILE, checked_tokenizer, mvn_vectors, stop_tokens, weights_file
+from .nano import read_nano
+from .pairing import family
+from .parts import MVN_FILE, checked_tokenizer, mvn_vectors, sanm_fingerprint, stop_tokens, weights_file
 
 LORA = ("keep", "merge")
 # Their authors decode greedily, without a repetition penalty and without an n-gram ban.
@@ -53,14 +53,14 @@ def plan_checkpoint(directory: Path, tokenizer: Path | None = None, *, lora: str
     if not directory.is_dir():
         raise CheckpointError(f"{directory}: must be the directory of a checkpoint, and there is none")
     refs = open_checkpoint(weights_file(directory))
-    family = identify(refs)
-    if family is None:
+    found = family(refs)
+    if found not in _PLANS:
         some = ", ".join(list(refs)[:3]) or "nothing"
         raise CheckpointError(
-            f"{directory}: is none of the checkpoints that are known ({', '.join(_PLANS)}); it has {some} ..."
+            f"{directory}: is none of the checkpoints that are known ({', '.join(map(str, _PLANS))}); it has {some} ..."
         )
-    conversion = _PLANS[family](directory, refs, tokenizer, lora)
-    return replace(conversion, config=replace(conversion.config, name=_name(family, conversion.config)))
+    conversion = _PLANS[found](directory, refs, tokenizer, lora)
+    return replace(conversion, config=replace(conversion.config, name=_name(found, conversion.config)))
 
 
 def _plan_sensevoice(directory: Path, refs: Tensors, _: Path | None, __: str) -> Conversion:
@@ -79,103 +79,34 @@ def _plan_sensevoice(directory: Path, refs: Tensors, _: Path | None, __: str) ->
         )
     config = ModelConfig(frontend=front, encoder=encoder, adaptor=None, decoder=None, prompt=None)
     fill = _fill(config, refs, keymap, "audio_encoder.", file, (directory / MVN_FILE,))
-    return Conversion(config, (fill,), mvn_vectors(mvn), copies)
+    return Conversion(config, (fill,), mvn_vectors(mvn), copies, sanm_fingerprint(refs, fill.plan))
 
 
 def _plan_nano(directory: Path, refs: Tensors, tokenizer: Path | None, _: str) -> Conversion:
     check_floats(refs)
-    file, keymap, settings = str(directory), load_keymap("nano"), _settings(directory)
-    llm = _language_model_folder(directory, tokenizer)
-    decoder = decoder_config(llm / CONFIG_FILE)
-    shapes = renamed_shapes(refs, keymap)
-    low_frame_rate = settings.get("audio_adaptor_conf.use_low_frame_rate", "true").lower() != "false"
-    epsilon = 1e-12  # funasr's, which trained the weights
-    config = _nano_config(shapes, settings, decoder, llm, file, epsilon, low_frame_rate)
-    return Conversion(
-        config,
-        (_fill(config, refs, keymap, "", file, (llm / CONFIG_FILE, llm / TOKENIZER_FILE)),),
-        copies={TOKENIZER_FILE: llm / TOKENIZER_FILE, **_piece_files(directory)},
-    )
-
-
-def _plan_nano_hf(directory: Path, refs: Tensors, tokenizer: Path | None, _: str) -> Conversion:
-    check_floats(refs)
-    file, keymap = str(directory), load_keymap("nano-hf")
-    values = read_json_object(directory / CONFIG_FILE)
-    text = values.get("text_config") or values.get("llm_config")
-    if not isinstance(text, dict):
-        raise CheckpointError(
-            f"{directory / CONFIG_FILE}: has no text_config, so the language model's sizes are unknown"
-        )
+    found = read_nano(directory, llm=tokenizer)
+    tokens = checked_tokenizer(found.llm / TOKENIZER_FILE, found.decoder.vocab_size)
     try:
-        decoder = DecoderConfig.from_huggingface({**text, "model_type": "qwen3"})
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{directory / CONFIG_FILE}: text_config: {error}") from error
-    llm = directory if (directory / TOKENIZER_FILE).is_file() else _language_model_folder(directory, tokenizer)
-    audio = values.get("audio_config") or {}
-    heads = (
-        {"encoder_conf.attention_heads": str(audio["num_attention_heads"])} if "num_attention_heads" in audio else {}
-    )
-    shapes = renamed_shapes(refs, keymap)
-    joined = {name: _joined_shape(name, refs, keymap) for name in shapes if ".linear_q_k_v." in name}
-    config = _nano_config({**shapes, **joined}, heads, decoder, llm, file, 1e-12, True)
-    return Conversion(
-        config,
-        (_fill(config, refs, keymap, "", file, (directory / CONFIG_FILE, llm / TOKENIZER_FILE)),),
-        copies={TOKENIZER_FILE: llm / TOKENIZER_FILE},
-    )
-
-
-def _nano_config(
-    shapes: Mapping[str, Shape],
-    settings: Mapping[str, str],
-    decoder: DecoderConfig,
-    llm: Path,
-    file: str,
-    epsilon: float,
-    low_frame_rate: bool,
-) -> ModelConfig:
-    sizes = Sizes(shapes, file, "Fun-ASR-Nano")
-    inside = {name.removeprefix("audio_encoder."): shape for name, shape in shapes.items()}
-    renamed = {key.replace("audio_encoder_conf.", "encoder_conf."): value for key, value in settings.items()}
-    encoder = encoder_config(inside, renamed, file=file, queries=False)
-    front = replace(frontend_config(encoder.input_size, renamed, file=file), cmvn=False)
-    tokenizer = checked_tokenizer(llm / TOKENIZER_FILE, decoder.vocab_size)
-    ctc = None
-    if "ctc.ctc.ctc_lo.weight" in shapes:
-        ctc = NanoCtcConfig(
-            transformer=_nano_transformer(sizes, "ctc.ctc_decoder", epsilon, False),
-            vocab_size=sizes.get("ctc.ctc.ctc_lo.weight", 0, 2),
-        )
-    multilingual = "mlt" in file.lower()
-    try:
-        return ModelConfig(
-            frontend=front,
-            encoder=encoder,
-            adaptor=_nano_transformer(sizes, "adaptor", epsilon, low_frame_rate),
-            decoder=decoder,
-            ctc=ctc,
-            prompt=NanoPromptConfig(languages=MLT_NANO_LANGUAGES if multilingual else NANO_LANGUAGES),
-            generation=replace(_PLAIN_GREEDY, stop_token_ids=stop_tokens(llm, tokenizer)),
+        config = ModelConfig(
+            frontend=found.frontend,
+            encoder=found.encoder,
+            adaptor=found.adaptor,
+            decoder=found.decoder,
+            ctc=found.ctc,
+            prompt=found.prompt,
+            generation=replace(_PLAIN_GREEDY, stop_token_ids=stop_tokens(found.llm, tokens)),
         )
     except ValueError as error:
-        raise CheckpointError(f"{file}: {error}") from error
-
-
-def _nano_transformer(sizes: Sizes, path: str, epsilon: float, low_frame_rate: bool) -> NanoAdaptorConfig:
-    return NanoAdaptorConfig(
-        input_size=sizes.get(f"{path}.linear1.weight", 1, 2),
-        hidden_size=sizes.get(f"{path}.linear1.weight", 0, 2),
-        output_size=sizes.get(f"{path}.linear2.weight", 0, 2),
-        num_layers=sizes.count(rf"{path}\.blocks\.(\d+)\..*".replace("ctc.ctc", r"ctc\.ctc")),
-        ffn_size=sizes.get(f"{path}.blocks.0.feed_forward.w_1.weight", 0, 2),
-        norm_eps=epsilon,
-        low_frame_rate=low_frame_rate,
-    )
+        raise CheckpointError(f"{found.file}: {error}") from error
+    fill = _fill(config, found.tensors, found.keymap, "", str(found.file), found.used[1:])
+    copies = {TOKENIZER_FILE: found.llm / TOKENIZER_FILE, **_piece_files(directory)}
+    fingerprint = sanm_fingerprint(found.tensors, fill.plan, "audio_encoder.encoder.")
+    return Conversion(config, (fill,), {}, copies, fingerprint, found.note)
 
 
 def _plan_canary(directory: Path, refs: Tensors, tokenizer: Path | None, lora: str) -> Conversion:
-    check_floats(refs)
+    # The counters of batch norm's training batches are integers; the key map drops them.
+    check_floats({name: ref for name, ref in refs.items() if not name.endswith(".num_batches_tracked")})
     file, keymap = str(directory), load_keymap("canary")
     settings = read_json_object(directory / CONFIG_FILE) if (directory / CONFIG_FILE).is_file() else {}
     adapter = settings.get("lora") or {}
@@ -208,12 +139,6 @@ def _fill(config: ModelConfig, refs: Tensors, keymap: KeyMap, prefix: str, file:
     return Fill("model", prefix, refs, keymap.plan(shapes_of(refs), inside, file=file), files)
 
 
-def _joined_shape(target: str, refs: Tensors, keymap: KeyMap) -> Shape:
-    """Return the shape of a parameter that several tensors make up along their first axis."""
-    shapes = [refs[name].shape for name in keymap.rename(shapes_of(refs))[target]]
-    return (sum(shape[0] for shape in shapes), *shapes[0][1:])
-
-
 def _piece_files(directory: Path) -> dict[str, Path]:
     return {name: directory / name for name in PIECE_FILES if (directory / name).is_file()}
 
@@ -235,23 +160,14 @@ def _tokenizer_folder(directory: Path, tokenizer: Path | None) -> Path:
     return found
 
 
-def _language_model_folder(directory: Path, tokenizer: Path | None) -> Path:
-    """Find the folder with the language model's config.json and tokenizer.json."""
-    folder = _tokenizer_folder(directory, tokenizer)
-    if not (folder / CONFIG_FILE).is_file():
-        raise CheckpointError(f"{folder}: {CONFIG_FILE} of the language model is missing beside {TOKENIZER_FILE}")
-    return folder
-
-
-def _name(family: str, config: ModelConfig) -> str:
+def _name(found: str | None, config: ModelConfig) -> str:
     if isinstance(config.prompt, NanoPromptConfig):
         return "fun-asr-mlt-nano" if config.prompt.languages == MLT_NANO_LANGUAGES else "fun-asr-nano"
-    return family
+    return "sensevoice-small" if found == "sensevoice" else str(found)
 
 
-_PLANS: Mapping[str, Callable[[Path, Tensors, Path | None, str], Conversion]] = {
-    "sensevoice-small": _plan_sensevoice,
+_PLANS: Mapping[str | None, Callable[[Path, Tensors, Path | None, str], Conversion]] = {
+    "sensevoice": _plan_sensevoice,
     "fun-asr-nano": _plan_nano,
-    "fun-asr-nano-hf": _plan_nano_hf,
     "canary-qwen": _plan_canary,
 }

@@ -19,12 +19,13 @@ from ..prompt import PROFILES, SPEECH_PROFILES, PromptConfig, spell
 from ..tokenizer import Tokenizer
 from .checkpoint import open_checkpoint
 from .config_yaml import read_config_yaml
-from .conversion import Conversion, Fill, check_floats, checked_mvn, identify, renamed_shapes, shapes_of
+from .conversion import Conversion, Fill, Tensors, check_floats, checked_mvn, renamed_shapes, shapes_of
 from .derive import adaptor_config, decoder_config, encoder_config, frontend_config, read_json_object
 from .directory import TOKENIZER_FILE
 from .kaldi_mvn import KaldiMvn, read_kaldi_mvn
-from .keymap import load_keymap
+from .keymap import Plan, load_keymap
 from .load import parameter_shapes
+from .pairing import encoder_fingerprint, require_family
 from .quantized import decoder_quantization
 from .safetensors_file import INDEX_FILE, SINGLE_FILE
 
@@ -42,12 +43,7 @@ def plan_parts(
     """
     encoder_file = weights_file(encoder)
     encoder_refs, adaptor_refs, llm_refs = (open_checkpoint(path) for path in (encoder_file, adaptor, llm))
-    family = identify(encoder_refs)
-    if family not in (None, "sensevoice-small"):
-        raise CheckpointError(
-            f"{encoder}: is {family}; its encoder may have SenseVoiceSmall's shapes, but not the weights that the 4B "
-            "adaptor was trained on (a whole model is converted with --checkpoint)"
-        )
+    require_family(encoder_refs, "sensevoice", file=str(encoder))
     for refs in (encoder_refs, adaptor_refs):
         check_floats(refs)
     yaml = encoder / "config.yaml"
@@ -98,7 +94,13 @@ def plan_parts(
     )
     copies = {TOKENIZER_FILE: llm / TOKENIZER_FILE}
     copies.update({name: encoder / name for name in PIECE_FILES if (encoder / name).is_file()})
-    return Conversion(config, fills, mvn_vectors(mvn), copies)
+    return Conversion(config, fills, mvn_vectors(mvn), copies, sanm_fingerprint(encoder_refs, plans["audio_encoder"]))
+
+
+def sanm_fingerprint(refs: Tensors, plan: Plan, prefix: str = "encoder.") -> str:
+    """Return the fingerprint of the SANM layers that a plan fills under `prefix`."""
+    names = {a.target.removeprefix(prefix): a.sources[0] for a in plan.assignments if a.target.startswith(prefix)}
+    return encoder_fingerprint(refs, names)
 
 
 def mvn_vectors(mvn: KaldiMvn) -> dict[str, npt.NDArray[Any]]:
