@@ -63,9 +63,7 @@ def test_run_time_imports_and_dependencies_are_the_same_set():
         for found in source.imports(module)
         if not found.relative
     }
-    # huggingface_hub is there for its command, which the README and the advice of weights/find.py give.
-    assert ["hf", "download"] in [command[:2] for command in commands(README)]
-    assert (imported - set(sys.stdlib_module_names)) | {"huggingface_hub"} == names(PROJECT["dependencies"])
+    assert imported - set(sys.stdlib_module_names) == names(PROJECT["dependencies"])
 
 
 def test_the_version_is_the_same_everywhere():
@@ -169,7 +167,7 @@ def unknown_words(command: list[str]) -> list[str]:
 
 
 # Programs of others that the documents may name.
-KNOWN = {"export", "pytest", "git", "cd", "pip", "python", "ruff", "mypy", "hf", "cat"}
+KNOWN = {"export", "pytest", "git", "cd", "pip", "python", "ruff", "mypy", "cat"}
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCUMENTED = [
     command
