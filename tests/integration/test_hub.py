@@ -28,6 +28,8 @@ CHUNK = 100_000  # huggingface_hub hands on 10 MB at a time; what is smaller is 
 @pytest.fixture(autouse=True)
 def _settings(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", CHUNK)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # the server is on this machine
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     monkeypatch.setenv("HF_TOKEN", "")
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", os.devnull)
 

@@ -34,6 +34,7 @@ NAMES = {"encoder": "FunAudioLLM/SenseVoiceSmall", "adaptor": "yuechen/funasr-qw
 def use_hub(monkeypatch, cache: Path, address: str) -> None:
     """Have `Hub()` mean this one, whatever the environment was when huggingface_hub read it."""
     monkeypatch.setattr(Hub.__init__, "__defaults__", (cache, address, False))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
 
 
 @pytest.fixture
