@@ -18,6 +18,7 @@ import mlx.core as mx
 from .errors import PromptError
 
 KIND = "nano"
+_SILENCE = "/sil"
 SYSTEM = "You are a helpful assistant."
 CONTEXT = "请结合上下文信息，更加准确地完成语音转写任务。如果没有相关信息，我们会留空。\n\n\n**上下文信息：**\n\n\n"
 EMPTY_THINK = "<think>\n\n</think>\n\n"
@@ -208,4 +209,34 @@ def nano_text(text: str) -> str:
 
     As FunASR's ``inference_llm`` does; spaces at the ends go too.
     """
-    return re.sub(r"\s+", " ", text.replace("/sil", " ")).strip()
+    stream = NanoTextStream()
+    return stream.push(text) + stream.flush()
+
+
+class NanoTextStream:
+    """`nano_text` for text that comes in pieces: what it returns, joined, equals the cleaned whole.
+
+    White space is held back until something follows it, and so is what may become the mark for silence.
+    """
+
+    def __init__(self) -> None:
+        self._held = ""
+        self._started = False
+
+    def push(self, piece: str) -> str:
+        """Add a piece; return the text that is certain now, often empty."""
+        text = self._held + piece
+        begun = next(n for n in reversed(range(len(_SILENCE))) if text.endswith(_SILENCE[:n]))
+        spaced = re.sub(r"\s+", " ", text[: len(text) - begun].replace(_SILENCE, " "))
+        certain = spaced.rstrip()
+        self._held = spaced[len(certain) :] + text[len(text) - begun :]
+        if not self._started:
+            certain = certain.lstrip()
+            self._started = bool(certain)
+        return certain
+
+    def flush(self) -> str:
+        """Return what is left at the end."""
+        rest = self._held.rstrip()
+        self._held = ""
+        return rest if self._started else rest.lstrip()

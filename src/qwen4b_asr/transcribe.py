@@ -24,7 +24,7 @@ from .listen import Listener, Stopwatch
 from .lora import fuse_lora
 from .model import SpeechModel
 from .nano_adaptor import NanoAdaptorConfig
-from .nano_prompt import NanoPromptConfig, NanoTurn, instruction, nano_rows
+from .nano_prompt import NanoPromptConfig, NanoTextStream, NanoTurn, instruction, nano_rows, nano_text
 from .pieces import PieceTable
 from .prompt import PromptConfig, chat_prompt, prompt_pieces, spell, splice
 from .recognise import Recogniser, find_pieces
@@ -280,20 +280,26 @@ class Transcriber(Listener):
         return self._run(Generation(self.model.decoder, self.model.decoder.embed(mx.array(ids)), options), None)
 
     def _run(self, generation: Generation, emit: OnToken | None) -> str:
+        nano = isinstance(self.config.prompt, NanoPromptConfig)
         if emit is None:
             for _ in generation:
                 pass
-            return clean_text(self.tokenizer.decode(generation.tokens))
+            text = clean_text(self.tokenizer.decode(generation.tokens))
+            return nano_text(text) if nano else text
         stream = self.tokenizer.stream()
-        clean = CleanStream()
+        clean, tidy = CleanStream(), NanoTextStream() if nano else None
         pieces = []
+
+        def show(piece: str, last: bool = False) -> None:
+            if tidy is not None:
+                piece = tidy.push(piece) + (tidy.flush() if last else "")
+            pieces.append(piece)
+            if piece:
+                emit(piece)
+
         for token in generation:
-            pieces.append(clean.push(stream.push(token)))
-            if pieces[-1]:
-                emit(pieces[-1])
-        pieces.append(clean.push(stream.flush()) + clean.flush())
-        if pieces[-1]:
-            emit(pieces[-1])
+            show(clean.push(stream.push(token)))
+        show(clean.push(stream.flush()) + clean.flush(), last=True)
         return "".join(pieces)
 
     def _spell(self, text: str) -> list[int]:

@@ -15,6 +15,7 @@ from mlx.utils import tree_flatten
 from safetensors.numpy import save_file
 
 import qwen4b_asr
+from qwen4b_asr.cli.main import main
 from qwen4b_asr.recognise import Recogniser
 from qwen4b_asr.transcribe import Transcriber
 from qwen4b_asr.transcript import Turn
@@ -125,6 +126,16 @@ def test_every_published_layout_of_nano_becomes_the_same_model(layout: str, tmp_
     shared = one.keys() & other.keys()
     assert shared >= {name for name in one if not name.startswith("ctc.")}
     assert all(mx.array_equal(one[name], other[name]).item() for name in shared)
+
+
+@pytest.mark.parametrize("branch", [False, True])
+def test_a_conversion_says_when_nano_has_no_ctc_branch(
+    branch: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nano_files.write_nano(tmp_path / "published", "funasr", ctc=branch)
+    arguments = ["convert", "--checkpoint", str(tmp_path / "published"), "--output", str(tmp_path / "model")]
+    assert main(arguments) == 0
+    assert ("no CTC branch" in capsys.readouterr().err) is not branch
 
 
 def test_nano_reads_earlier_turns(nano: Model) -> None:

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "qwen4b_asr"
 INSTALLED = Path(qwen4b_asr.__file__).parent
 
-BANNED = {"torch", "torchaudio", "transformers", "mlx_lm", "funasr", "librosa"}
+BANNED = {"torch", "torchaudio", "transformers", "mlx_lm", "funasr", "librosa", "peft"}
 TORCH_ROOM = "tools/golden/"
 
 # From the ground up: a module may import from rows above its own and, but for the stages, from its own row.

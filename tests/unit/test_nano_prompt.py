@@ -1,5 +1,7 @@
 """Fun-ASR-Nano's prompt: its texts to the letter, what is refused, and every audio row in its place."""
 
+import re
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from qwen4b_asr.nano_prompt import (
     MLT_NANO_LANGUAGES,
     NANO_LANGUAGES,
     NanoPromptConfig,
+    NanoTextStream,
     NanoTurn,
     instruction,
     nano_prompt,
@@ -165,3 +168,23 @@ def test_lists_of_a_configuration_file_become_tuples():
 )
 def test_the_mark_for_silence_goes(written, text):
     assert nano_text(written) == text
+
+
+@given(st.lists(st.text(alphabet="/sil a\n\u3000吗", max_size=6), max_size=8))
+def test_the_mark_for_silence_goes_from_pieces_too(pieces):
+    stream = NanoTextStream()
+    shown = [stream.push(piece) for piece in pieces]
+    whole = re.sub(r"\s+", " ", "".join(pieces).replace("/sil", " ")).strip()
+    assert "".join(shown) + stream.flush() == whole == nano_text("".join(pieces))
+
+
+def test_what_is_certain_is_shown_at_once():
+    stream = NanoTextStream()
+    assert [stream.push(piece) for piece in (" 你", "好 ", "/s", "il", "吗/", "s。")] == [
+        "你",
+        "好",
+        "",
+        "",
+        " 吗",
+        "/s。",
+    ]

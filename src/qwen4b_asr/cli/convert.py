@@ -6,8 +6,12 @@ import argparse
 import re
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..errors import ConfigError
+
+if TYPE_CHECKING:
+    from ..config import ModelConfig
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
@@ -122,7 +126,16 @@ def run(args: argparse.Namespace) -> int:
         f"{args.output}: {config.name} with {', '.join(layers)} layers. Transcribe with --model {args.output}",
         file=sys.stderr,
     )
+    print_remarks(config)
     return 0
+
+
+def print_remarks(config: ModelConfig) -> None:
+    """Say what a model lacks that others of its family have."""
+    from ..nano_adaptor import NO_CTC, NanoAdaptorConfig
+
+    if isinstance(config.adaptor, NanoAdaptorConfig) and not config.ctc_size:
+        print(f"{config.name}: {NO_CTC}", file=sys.stderr)
 
 
 def _layers(part: object) -> int:

@@ -28,18 +28,22 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         AsrError: If it cannot be had; the caller prints it.
     """
+    from ..config import ModelConfig
     from ..weights.catalog import find_known, parse_repo
     from ..weights.obtain import CONVERSIONS, fetch_sources, obtain_model
     from ._progress import byte_progress
+    from .convert import print_remarks
 
     known = find_known(args.model)
     source = parse_repo(args.model) if known is None else None
     sources = {"model": source} if source is not None else dict(known.parts) if known is not None else {}
     ready = known is not None and known.recipe in CONVERSIONS
     if not sources or (ready and not args.no_convert):
-        print(
-            obtain_model(args.model, output=args.output, update=args.update, force=args.force, progress=byte_progress)
+        model = obtain_model(
+            args.model, output=args.output, update=args.update, force=args.force, progress=byte_progress
         )
+        print(model)
+        print_remarks(ModelConfig.load(model))
         return 0
     folders = fetch_sources(sources, update=args.update, progress=byte_progress)
     for role, folder in folders.items():

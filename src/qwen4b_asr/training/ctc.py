@@ -114,15 +114,3 @@ def _forward(scores: Floats, jump: npt.NDArray[np.bool_]) -> Floats:
         step[:, 2:] = np.logaddexp(step[:, 2:], before[:, :-2] + barrier[:, 2:])
         alpha[:, r] = np.maximum(step + scores[:, r], _NEVER)
     return alpha
-
-
-def best_path(logits: Floats, rows: int, *, blank: int = 0) -> list[int]:
-    """Decode greedily: the best symbol of every row, repeats merged, blanks dropped.
-
-    Args:
-        logits: (R, V).
-        rows: Real rows.
-        blank: The blank symbol.
-    """
-    symbols = logits[:rows].argmax(axis=1)
-    return [int(s) for i, s in enumerate(symbols) if s != blank and (i == 0 or s != symbols[i - 1])]

@@ -10,6 +10,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from ..ctc import collapse
 from ..encoder import NUM_QUERY_FRAMES
 from ..transcribe import Transcriber
 from .corpus import (
@@ -22,7 +23,6 @@ from .corpus import (
     sixteen_kilohertz,
     string_items,
 )
-from .ctc import best_path
 from .vocabulary import ENGLISH, WORDS
 
 
@@ -85,7 +85,7 @@ def ctc_words(transcriber: Transcriber, samples: Any, language: str = "auto") ->
     features = transcriber.model.frontend(mx.array(samples))[None]
     states, _ = transcriber.model.audio_encoder(features, language=language)
     logits = np.array(transcriber.model.audio_encoder.ctc_logits(states))[0, NUM_QUERY_FRAMES:]
-    return [WORDS[symbol - 1] for symbol in best_path(logits, logits.shape[0])]
+    return [WORDS[token.id - 1] for token in collapse(logits.argmax(axis=1).tolist())]
 
 
 def score(

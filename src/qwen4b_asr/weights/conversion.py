@@ -47,7 +47,6 @@ class Conversion:
         vectors: Parameters that are computed rather than copied, float32.
         copies: Files that go along: name in the new directory -> file.
         fingerprint: Of a SANM encoder, kept in the provenance; empty for others.
-        note: What a user should know of the checkpoint; empty if there is nothing.
     """
 
     config: ModelConfig
@@ -55,7 +54,6 @@ class Conversion:
     vectors: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
     copies: Mapping[str, Path] = field(default_factory=dict)
     fingerprint: str = ""
-    note: str = ""
 
 
 def shapes_of(refs: Tensors) -> dict[str, Shape]:

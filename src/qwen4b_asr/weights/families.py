@@ -101,7 +101,7 @@ def _plan_nano(directory: Path, refs: Tensors, tokenizer: Path | None, _: str) -
     fill = _fill(config, found.tensors, found.keymap, "", str(found.file), found.used[1:])
     copies = {TOKENIZER_FILE: found.llm / TOKENIZER_FILE, **_piece_files(directory)}
     fingerprint = sanm_fingerprint(found.tensors, fill.plan, "audio_encoder.encoder.")
-    return Conversion(config, (fill,), {}, copies, fingerprint, found.note)
+    return Conversion(config, (fill,), {}, copies, fingerprint)
 
 
 def _plan_canary(directory: Path, refs: Tensors, tokenizer: Path | None, lora: str) -> Conversion:

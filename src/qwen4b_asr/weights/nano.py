@@ -18,7 +18,7 @@ from ..decoder import DecoderConfig
 from ..encoder import EncoderConfig
 from ..errors import CheckpointError
 from ..features import FrontendConfig
-from ..nano_adaptor import NO_CTC, NanoAdaptorConfig, NanoCtcConfig
+from ..nano_adaptor import NanoAdaptorConfig, NanoCtcConfig
 from ..nano_prompt import MLT_NANO_LANGUAGES, NANO_LANGUAGES, NanoPromptConfig
 from .checkpoint import open_checkpoint
 from .config_yaml import read_config_yaml
@@ -55,12 +55,11 @@ class NanoCheckpoint:
         frontend: Sizes of the front end, which normalises nothing.
         encoder: Sizes of the encoder, which has neither query frames nor a CTC head.
         adaptor: Sizes of the adaptor and the rule for its rows.
-        ctc: Sizes of the CTC branch; None if the file has none, and then `note` says what that means.
+        ctc: Sizes of the CTC branch; None if the file has none, and then there are no times.
         decoder: Sizes of the language model.
         prompt: How it wants to be asked.
         llm: Directory with the language model's ``tokenizer.json`` and ``generation_config.json``.
         used: Every file that something was read from, the weights' first.
-        note: What a user should know; empty if there is nothing.
     """
 
     file: Path
@@ -74,7 +73,6 @@ class NanoCheckpoint:
     prompt: NanoPromptConfig
     llm: Path
     used: tuple[Path, ...]
-    note: str
 
 
 def read_nano(
@@ -131,7 +129,6 @@ def read_nano(
         prompt=NanoPromptConfig(languages=MLT_NANO_LANGUAGES if multilingual else NANO_LANGUAGES),
         llm=llm,
         used=(*used, tokenizer),
-        note="" if ctc is not None else f"{file}: {NO_CTC}",
     )
 
 
