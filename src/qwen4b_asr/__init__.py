@@ -18,8 +18,9 @@ from .errors import AsrError, AudioError, CheckpointError, ConfigError, Download
 from .version import __version__
 
 if TYPE_CHECKING:
+    from .loading import load
     from .recognise import Recogniser
-    from .transcribe import Transcriber, load
+    from .transcribe import Transcriber
     from .transcript import Segment, TranscribeOptions, Transcript, Turn, Word
 
 __all__ = [
@@ -41,21 +42,21 @@ __all__ = [
     "load",
 ]
 
-_PIPELINE = frozenset({"Transcriber", "load"})
+_PIPELINE = frozenset({"Recogniser", "Transcriber", "load"})
 _RESULTS = frozenset({"Segment", "TranscribeOptions", "Transcript", "Turn", "Word"})
 
 
 def __getattr__(name: str) -> Any:
     """Import the names that need MLX when they are first asked for (PEP 562)."""
-    if name not in _PIPELINE | _RESULTS | {"Recogniser"}:
+    if name not in _PIPELINE | _RESULTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from ._blas import preload_openblas
 
     preload_openblas()
-    from . import recognise, transcribe, transcript
+    from . import loading, recognise, transcribe, transcript
 
-    home = transcribe if name in _PIPELINE else transcript if name in _RESULTS else recognise
-    return getattr(home, name)
+    homes = {"load": loading, "Transcriber": transcribe, "Recogniser": recognise}
+    return getattr(homes.get(name, transcript), name)
 
 
 def __dir__() -> list[str]:

@@ -6,10 +6,7 @@ prompt rows (S, H) → token ids → text.
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -18,24 +15,22 @@ import numpy.typing as npt
 
 from .audio import SAMPLE_RATE, Source, load_audio
 from .config import ModelConfig
-from .errors import ConfigError, PromptError
+from .errors import PromptError
 from .generate import Generation, GenerationOptions
 from .listen import Listener, Stopwatch
-from .lora import fuse_lora
 from .model import SpeechModel
 from .nano_adaptor import NanoAdaptorConfig
-from .nano_prompt import NanoPromptConfig, NanoTextStream, NanoTurn, instruction, nano_rows, nano_text
+from .nano_prompt import NanoPromptConfig
 from .pieces import PieceTable
-from .prompt import PromptConfig, chat_prompt, prompt_pieces, spell, splice
-from .recognise import Recogniser, find_pieces
+from .prompt import chat_prompt, spell
+from .prompt_rows import prompt_rows
+from .recognise import Recogniser
 from .sampling import SamplingOptions
 from .segment import split_at_pauses
-from .text import CleanStream, clean_text, join_segments
+from .text import join_segments
 from .tokenizer import Tokenizer
 from .transcript import OnToken, Segment, TranscribeOptions, Transcript, Turn
-from .weights.adapters import load_adapter
-from .weights.load import load_model
-from .weights.obtain import ProgressBar, no_progress, obtain_model
+from .written import written
 
 _TRANSLATE = "Translate to English: "
 
@@ -235,23 +230,10 @@ class Transcriber(Listener):
 
     def _prompt_rows(self, audio: mx.array, options: TranscribeOptions, watch: Stopwatch) -> mx.array:
         """Put audio rows (A, H) into the model's prompt: (S, H)."""
-        prompt, embed = self.config.prompt, self.model.decoder.embed
-        if isinstance(prompt, NanoPromptConfig):
-            if options.prompt_profile not in (None, prompt.kind):
-                raise PromptError(f"this model has no prompt profile {options.prompt_profile!r}; it has its own")
-            if options.task != "transcribe":
-                raise PromptError(f"this model cannot {options.task}")
-            request = instruction(
-                prompt, hotwords=options.hotwords, language=options.language, use_itn=options.use_itn is not False
-            )
-            history = [NanoTurn(turn.text, self._heard(turn, options, watch)) for turn in options.history]
-            return nano_rows(prompt, request, audio, spell=self._spell, embed=embed, history=history)
-        assert isinstance(prompt, PromptConfig)
-        for name in ("hotwords", "history"):
-            if getattr(options, name):
-                raise PromptError(f"this model's prompt has no place for {name}; Fun-ASR-Nano's has")
-        before, after = prompt_pieces(prompt, options.prompt_profile, options.task)
-        return splice(self._spell(before), audio, self._spell(after), embed)
+        history = [(turn.text, self._heard(turn, options, watch)) for turn in options.history]
+        return prompt_rows(
+            self.config.prompt, options, audio, spell=self._spell, embed=self.model.decoder.embed, history=history
+        )
 
     def _heard(self, turn: Turn, options: TranscribeOptions, watch: Stopwatch) -> mx.array:
         """Return the audio rows (A, H) of an earlier turn."""
@@ -280,27 +262,7 @@ class Transcriber(Listener):
         return self._run(Generation(self.model.decoder, self.model.decoder.embed(mx.array(ids)), options), None)
 
     def _run(self, generation: Generation, emit: OnToken | None) -> str:
-        nano = isinstance(self.config.prompt, NanoPromptConfig)
-        if emit is None:
-            for _ in generation:
-                pass
-            text = clean_text(self.tokenizer.decode(generation.tokens))
-            return nano_text(text) if nano else text
-        stream = self.tokenizer.stream()
-        clean, tidy = CleanStream(), NanoTextStream() if nano else None
-        pieces = []
-
-        def show(piece: str, last: bool = False) -> None:
-            if tidy is not None:
-                piece = tidy.push(piece) + (tidy.flush() if last else "")
-            pieces.append(piece)
-            if piece:
-                emit(piece)
-
-        for token in generation:
-            show(clean.push(stream.push(token)))
-        show(clean.push(stream.flush()) + clean.flush(), last=True)
-        return "".join(pieces)
+        return written(generation, self.tokenizer, emit, marks_silence=isinstance(self.config.prompt, NanoPromptConfig))
 
     def _spell(self, text: str) -> list[int]:
         return spell(
@@ -308,52 +270,6 @@ class Transcriber(Listener):
             lambda ids: self.tokenizer.decode(ids, skip_special=False),
             text,
         )
-
-
-def load(
-    path_or_name: str | os.PathLike[str],
-    dtype: str = "auto",
-    *,
-    lora: str = "keep",
-    adapters: Mapping[str | os.PathLike[str], float] | None = None,
-    progress: ProgressBar = no_progress,
-) -> Transcriber | Recogniser:
-    """Load a model.
-
-    Args:
-        path_or_name: ``demo``, a directory that ``qwen4b-asr convert`` wrote, or a name that ``qwen4b-asr models``
-            lists, or a hub id, which is downloaded if it is not on this machine.
-        dtype: The decoder's: ``auto`` (float32 on the CPU, bfloat16 on a GPU), ``float32`` or ``bfloat16``.
-            Encoder and adaptor are always float32.
-        lora: ``keep`` low-rank adapters of the decoder apart, so that they can be changed; or ``merge`` them into its
-            weights, which saves two small products per layer and token.
-        adapters: PEFT directories to put beside the decoder's layers, and the strength of each; 1 is as trained.
-        progress: Draws a bar while something is downloaded or converted; none by default.
-
-    Returns:
-        A transcriber, or a recogniser if the model has no language model; both have `transcribe`.
-
-    Raises:
-        ModelNotFoundError: If there is no such model.
-        DownloadError: If it has to be fetched and cannot be.
-        ConfigError: If its configuration cannot be used.
-        CheckpointError: If its weights do not fit.
-        ValueError: On another dtype.
-    """
-    if lora not in ("keep", "merge"):
-        raise ConfigError(f"lora {lora!r}: choose keep or merge")
-    directory: Path = obtain_model(path_or_name, progress=progress)
-    model, config = load_model(directory, dtype=dtype)
-    pieces = find_pieces(directory, config.ctc_size) if config.ctc_size and config.ctc_symbols is None else None
-    if config.decoder is None:
-        if adapters:
-            raise ConfigError(f"{path_or_name}: has no language model that an adapter could change")
-        return Recogniser(model, config, pieces)
-    for number, (folder, strength) in enumerate((adapters or {}).items()):
-        load_adapter(model.decoder, Path(folder), name=f"user{number}", strength=strength)
-    if lora == "merge":
-        fuse_lora(model.decoder)
-    return Transcriber(model, config, Tokenizer(directory / "tokenizer.json"), pieces)
 
 
 def _either(chosen: Any, default: Any) -> Any:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-MODULE = "qwen4b_asr.transcribe"
+MODULE = "qwen4b_asr.loading"
 
 
 class FakeTranscriber:

@@ -43,7 +43,7 @@ ROOMS = [
         ],
     ),
     ("readers", ["config", "weights"]),
-    ("composers", ["model", "generate", "transcript", "rich_decoding", "listen"]),
+    ("composers", ["model", "generate", "transcript", "rich_decoding", "listen", "prompt_rows", "written"]),
     (
         "checkpoints",
         [
@@ -51,7 +51,7 @@ ROOMS = [
             for name in ("directory", "load", "parts", "conversion", "families", "convert", "verify", "obtain")
         ],
     ),
-    ("pipeline", ["recognise", "transcribe"]),
+    ("pipeline", ["recognise", "transcribe", "loading"]),
     ("training", ["training"]),
     ("doors", ["cli", "server", "__main__"]),
 ]

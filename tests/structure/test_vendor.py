@@ -17,7 +17,7 @@ FILES = {
     "pyproject.toml": '[project]\nname = "toy"\nversion = "1.2.3"\nlicense = "MIT"\ndependencies = [\n'
     '  "mlx[cpu]>=0.32; sys_platform == \'linux\'",\n  "a-b>=2,<3",\n]\n',
     "LICENSE": "Be kind.\n",
-    "src/qwen4b_asr/__init__.py": "from .transcribe import load\n",
+    "src/qwen4b_asr/__init__.py": "from .loading import load\n",
     "src/qwen4b_asr/py.typed": "",
     "src/qwen4b_asr/errors.py": "class E(Exception): ...\n",
     "src/qwen4b_asr/encoder.py": "import os\nimport mlx.core as mx\nfrom .errors import E\nfrom .kernels import fsmn\n",

@@ -208,7 +208,7 @@ def _look_at_kernels(report: Report) -> None:
 
 def _look_at_models(report: Report, models: Sequence[Path]) -> None:
     from ..weights.find import BUILT_IN
-    from .transcribe import MODEL_VARIABLE
+    from .transcribe_options import MODEL_VARIABLE
 
     named = os.environ.get(MODEL_VARIABLE)
     wanted = [(name, name) for name in BUILT_IN]

@@ -186,7 +186,8 @@ def run_evaluate(args: argparse.Namespace) -> int:
     from .._blas import preload_openblas
 
     preload_openblas()
-    from ..transcribe import Transcriber, load
+    from ..loading import load
+    from ..transcribe import Transcriber
     from .corpus import read_corpus
     from .evaluate import TABLE_HEAD, evaluate
 
