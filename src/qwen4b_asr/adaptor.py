@@ -129,7 +129,7 @@ class Adaptor(nn.Module):
             raise ValueError(f"[Adaptor] audio states must be {self.config.input_size} wide but got {width}")
         if mask is None:
             mask = mx.ones((batch, rows), dtype=mx.bool_)
-        x = self.input_proj(audio_states.astype(self.input_proj.weight.dtype))
+        x = self.input_proj(audio_states.astype(self.input_proj.bias.dtype))
         for layer in self.transformer.layers:
             x = layer(x, mask)
         return self.norm(self.output_proj(x))

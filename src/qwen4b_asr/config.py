@@ -20,6 +20,7 @@ from .nano_adaptor import NanoAdaptorConfig, NanoCtcConfig
 from .nano_prompt import NanoPromptConfig
 from .projection import ProjectionConfig
 from .prompt import PromptConfig
+from .quantization import Quantization
 
 SCHEMA = 1
 FILE_NAME = "config.json"
@@ -35,6 +36,8 @@ STAGES: dict[str, tuple[type[Any], ...]] = {
     "prompt": (PromptConfig, NanoPromptConfig),
 }
 """What may stand in each place. ``kind`` in a file chooses; without it the first is meant."""
+
+_QUANTIZABLE = ("encoder", "adaptor")
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,8 @@ class ModelConfig:
         generation: Decoding defaults.
         ctc_symbols: Text of each CTC symbol, the blank an empty string; None where only ids are known, or a file of
             pieces lies beside the weights.
+        quantized_stages: How matrices of ``encoder`` and ``adaptor`` are quantised, by the paths within them; the
+            decoder's own configuration says it of the decoder.
     """
 
     name: str = "funasr-qwen4b"
@@ -99,9 +104,14 @@ class ModelConfig:
     prompt: PromptConfig | NanoPromptConfig | None = field(default_factory=PromptConfig)
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     ctc_symbols: tuple[str, ...] | None = None
+    quantized_stages: Mapping[str, Quantization] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         self._check_parts()
+        stages = {n: Quantization(**q) if isinstance(q, Mapping) else q for n, q in self.quantized_stages.items()}
+        object.__setattr__(self, "quantized_stages", stages)
+        if not stages.keys() <= set(_QUANTIZABLE) or ("adaptor" in stages and self.adaptor is None):
+            raise ValueError(f"[ModelConfig] quantized_stages must be among the model's but got {sorted(stages)}")
         for left, a, right, b in self._joints():
             if a != b:
                 raise ValueError(f"[ModelConfig] {left} must equal {right} but got {a} and {b}")
@@ -139,6 +149,20 @@ class ModelConfig:
             joints.append((*states, "ctc.transformer.input_size", self.ctc.transformer.input_size))
         return joints
 
+    def quantization(self, part: str) -> Quantization | None:
+        """Return how ``encoder``, ``adaptor`` or ``decoder`` is quantised, None if it is not."""
+        if part == "decoder":
+            return None if self.decoder is None else self.decoder.quantization
+        return self.quantized_stages.get(part)
+
+    def with_quantization(self, forms: Mapping[str, Quantization]) -> ModelConfig:
+        """Return a copy with some of ``encoder``, ``adaptor`` and ``decoder`` quantised."""
+        decoder = self.decoder
+        if decoder is not None and "decoder" in forms:
+            decoder = dataclasses.replace(decoder, quantization=forms["decoder"])
+        stages = {**self.quantized_stages, **{part: forms[part] for part in _QUANTIZABLE if part in forms}}
+        return dataclasses.replace(self, decoder=decoder, quantized_stages=stages)
+
     @property
     def _encoder_symbols(self) -> int:
         return self.encoder.vocab_size if isinstance(self.encoder, EncoderConfig) else 0
@@ -169,7 +193,10 @@ class ModelConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values, the schema number first."""
-        return {"schema": SCHEMA, **dataclasses.asdict(self)}
+        values = dataclasses.asdict(self)
+        if not self.quantized_stages:  # most models: their files read as before there was such a key
+            del values["quantized_stages"]
+        return {"schema": SCHEMA, **values}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], *, source: str = FILE_NAME) -> ModelConfig:

@@ -17,6 +17,7 @@ from .features import Frontend, FrontendConfig
 from .mel import MelConfig, MelFrontend
 from .nano_adaptor import NanoAdaptor, NanoAdaptorConfig, NanoCtc
 from .projection import Projection, ProjectionConfig
+from .quantization import quantize_modules
 
 _MODULES: dict[type[Any], Callable[[Any], nn.Module]] = {
     FrontendConfig: Frontend,
@@ -49,6 +50,8 @@ class SpeechModel(nn.Module):
             self.decoder = Qwen3(config.decoder)
         if config.ctc is not None:
             self.ctc = NanoCtc(config.ctc)
+        for stage, quantization in config.quantized_stages.items():
+            quantize_modules(self.audio_encoder if stage == "encoder" else self.adaptor, quantization)
 
     def ctc_logits(self, audio_states: mx.array) -> mx.array:
         """Score the CTC symbols of audio states (B, R, D): (B, R, V), before the softmax.

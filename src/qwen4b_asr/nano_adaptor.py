@@ -170,7 +170,7 @@ class NanoAdaptor(nn.Module):
             raise ValueError(f"[NanoAdaptor] audio states must be {self.config.input_size} wide but got {width}")
         if mask is None:
             mask = mx.ones((batch, rows), dtype=mx.bool_)
-        x = self.linear2(nn.relu(self.linear1(audio_states.astype(self.linear1.weight.dtype))))
+        x = self.linear2(nn.relu(self.linear1(audio_states.astype(self.linear1.bias.dtype))))
         for block in self.blocks:
             x = block(x, mask)
         if low_frame_rate is None:

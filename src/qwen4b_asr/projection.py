@@ -62,4 +62,4 @@ class Projection(nn.Module):
         width = audio_states.shape[-1]
         if width != self.config.input_size:
             raise ValueError(f"[Projection] audio states must be {self.config.input_size} wide but got {width}")
-        return self.proj(audio_states.astype(self.proj.weight.dtype))
+        return self.proj(audio_states.astype(self.proj.bias.dtype))

@@ -48,7 +48,17 @@ ROOMS = [
         "checkpoints",
         [
             f"weights.{name}"
-            for name in ("directory", "load", "parts", "conversion", "families", "convert", "verify", "obtain")
+            for name in (
+                "directory",
+                "load",
+                "parts",
+                "conversion",
+                "families",
+                "recipes",
+                "convert",
+                "verify",
+                "obtain",
+            )
         ],
     ),
     ("pipeline", ["recognise", "transcribe", "loading"]),
