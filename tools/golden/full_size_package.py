@@ -65,7 +65,8 @@ def package(options: argparse.Namespace) -> None:
     own_audio = model.adaptor(own_states)
     for name, value in {
         "features": features, "encoder": states[0], "ctc": ctc[0], "adaptor": audio[0],
-        "encoder, whole": own_states[0], "adaptor, whole": own_audio[0],
+        "encoder, whole": own_states[0], "ctc, whole": model.audio_encoder.ctc_logits(own_states)[0],
+        "adaptor, whole": own_audio[0],
     }.items():  # fmt: skip
         out[name] = np.asarray(value)
     mx.eval(model.decoder.parameters())
