@@ -21,9 +21,15 @@ from .quantization import Quantization, quantize_modules
 
 
 class LayerCache(Protocol):
-    """What the decoder needs of one layer's cache."""
+    """What the decoder needs of one layer's cache.
 
-    offset: int
+    ``offset`` is the rotary position of the next row, or one for each item of the batch: (B,), int32.
+    """
+
+    @property
+    def offset(self) -> int | mx.array:
+        """Rotary position of the next row."""
+        ...
 
     def update(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Append keys and values (B, G, S, E) and return all that is held."""
@@ -216,22 +222,24 @@ class Qwen3(nn.Module):
         Args:
             inputs_embeds: (B, S, H).
             cache: One per layer, or None for a single pass. New positions follow what it holds.
-            mask: (B, S), bool, True on real rows, for batches without a cache. Padding may stand before or behind
-                the real rows, not among them: rotary positions act through differences alone.
+            mask: (B, J), bool, True on real positions; J counts what the cache holds and the S new ones. None where
+                all are real, which costs less. Padding may stand before or behind an utterance, not within it:
+                rotary positions act through differences alone.
 
         Returns:
             Hidden states (B, S, H).
 
         Raises:
-            ValueError: If a padding mask is given together with a cache, or the cache has another depth.
+            ValueError: If the cache has another depth, or the mask hides a number of positions that cannot be.
         """
         layers = self.model.layers
-        if cache is not None and mask is not None:
-            raise ValueError("[Qwen3] a padding mask needs a pass without a cache but got both")
         if cache is not None and len(cache) != len(layers):
             raise ValueError(f"[Qwen3] {len(layers)} layer caches are needed but got {len(cache)}")
         x = inputs_embeds.astype(self.model.norm.weight.dtype)
-        attention_mask = None if mask is None else padded_causal_mask(mask)
+        batch, rows, _ = x.shape
+        if mask is not None and (mask.ndim != 2 or mask.shape[0] != batch or mask.shape[1] < rows):
+            raise ValueError(f"[Qwen3] mask must be ({batch}, held + {rows}) but got {mask.shape}")
+        attention_mask = None if mask is None else padded_causal_mask(mask, rows)
         for i, layer in enumerate(layers):
             x = layer(x, attention_mask, None if cache is None else cache[i])
         return self.model.norm(x)
@@ -252,13 +260,14 @@ class Qwen3(nn.Module):
         return self.logits(self.hidden(inputs_embeds, cache, mask))
 
 
-def padded_causal_mask(mask: mx.array) -> mx.array:
-    """Join the causal mask and a key mask (B, S) into (B, 1, S, S).
+def padded_causal_mask(mask: mx.array, rows: int | None = None) -> mx.array:
+    """Join the causal mask of the last `rows` positions, all by default, and a key mask (B, J) into (B, 1, rows, J).
 
     A padding row sees itself, since the softmax of an empty row is not a number on some back ends.
     """
-    rows = mask.shape[1]
-    index = mx.arange(rows)
-    causal = index[:, None] >= index[None, :]
-    itself = index[:, None] == index[None, :]
+    keys = mask.shape[1]
+    index = mx.arange(keys)
+    query = index if rows is None else index[keys - rows :]
+    causal = query[:, None] >= index[None, :]
+    itself = query[:, None] == index[None, :]
     return ((causal[None] & mask[:, None, :]) | itself[None])[:, None]

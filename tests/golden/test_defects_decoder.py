@@ -84,7 +84,7 @@ def no_final_norm(patch: Patch) -> None:
 
 @DEFECTS.noticed_by(partial(checks.check_decoder_padded, "generation"))
 def padding_read_by_later_rows(patch: Patch) -> None:
-    patch.setattr(decoder, "padded_causal_mask", lambda mask: mx.ones((1, 1, mask.shape[1], mask.shape[1]), mx.bool_))
+    patch.setattr(decoder, "padded_causal_mask", lambda mask, rows: mx.ones((1, 1, rows, mask.shape[1]), mx.bool_))
 
 
 @DEFECTS.noticed_by(partial(checks.check_decoder_steps, "generation"))

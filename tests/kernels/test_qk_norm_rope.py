@@ -170,3 +170,20 @@ def test_what_the_kernel_does_not_know_goes_the_plain_way():
         assert [bits(x) for x in mixed] == [bits(x) for x in plain]
         none = {**arrays, **{name: arrays[name][:0] for name in ("q", "k")}}
         assert [x.shape for x in qk_norm_rope(**none, eps=EPS, theta=THETA)] == [(0, 2, 2, 8), (0, 1, 2, 8)]
+
+
+@given(seeds, st.lists(offsets, min_size=1, max_size=3), positions, heads, widths)
+def test_each_item_may_have_an_offset_of_its_own(seed, starts, rows, counts, width):
+    arrays = inputs(seed, len(starts), rows, counts, width, mx.float32)
+    together = qk_norm_rope(**arrays, eps=EPS, theta=THETA, offset=mx.array(starts))
+    for i, start in enumerate(starts):
+        one = {name: x[i : i + 1] if name in ("q", "k") else x for name, x in arrays.items()}
+        alone = qk_norm_rope_reference(**one, eps=EPS, theta=THETA, offset=start)
+        for found, wanted in zip(together, alone, strict=True):
+            assert np.array_equal(np.array(found[i : i + 1]), np.array(wanted))
+
+
+def test_offsets_of_another_batch_are_refused():
+    arrays = inputs(0, 2, 1, (2, 1), 8, mx.float32)
+    with pytest.raises(ValueError, match=r"offset must be \(\) or \(2,\) but got \(3,\)"):
+        qk_norm_rope(**arrays, eps=EPS, theta=THETA, offset=mx.array([1, 2, 3]))

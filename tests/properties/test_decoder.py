@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from qwen4b_asr.cache import KVCache
 from qwen4b_asr.decoder import DecoderConfig, Qwen3, padded_causal_mask
-from tests.helpers.tiny import CONFIG, chunkings, max_abs, randomise, rows, tiny_model
+from tests.helpers.tiny import CONFIG, chunkings, max_abs, ragged_lengths, randomise, rows, tiny_model
 
 WIDTH = CONFIG.decoder.hidden_size
 LAYERS = CONFIG.decoder.num_hidden_layers
@@ -56,6 +56,35 @@ def test_padding_in_front_is_invisible(length, padding, junk, seed):
     assert max_abs(logits[:, padding:] - decoder(x)) < 2e-4 * max(1.0, max_abs(decoder(x)))
 
 
+@given(ragged_lengths(most=12), chunkings(most=24), st.integers(0, 3), st.floats(-100, 100), st.integers(0, 99))
+def test_a_padded_batch_with_a_cache_equals_single_runs(lengths, sizes, steps, junk, seed):
+    """Prompts of any lengths, padded in front, in any chunks, then steps in which the mask grows."""
+    decoder = tiny_model().decoder
+    longest = max(lengths)
+    singles = [rows(length + steps, WIDTH, seed + i) for i, length in enumerate(lengths)]
+    padded = mx.stack(
+        [mx.concatenate([mx.full((longest - n, WIDTH), junk), x]) for n, x in zip(lengths, singles, strict=True)]
+    )
+    total = longest + steps
+    mask = mx.arange(total)[None] >= longest - mx.array(lengths)[:, None]
+    ends = [end for end in np.cumsum(sizes).tolist() if end < longest] + list(range(longest, total + 1))
+    cache, found = caches(), []
+    for first, last in zip([0, *ends], ends, strict=False):
+        found.append(decoder(padded[:, first:last], cache, mask[:, :last]))
+    logits = mx.concatenate(found, axis=1)
+    assert bool(mx.all(mx.isfinite(logits)))
+    for i, (length, x) in enumerate(zip(lengths, singles, strict=True)):
+        alone = decoder(x[None])[0]
+        assert max_abs(logits[i, longest - length :] - alone) < 2e-4 * max(1.0, max_abs(alone))
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=7), st.integers(1, 7))
+def test_the_padded_mask_of_a_chunk_is_the_end_of_the_whole_one(real, count):
+    mask = mx.array([real])
+    whole = np.array(padded_causal_mask(mask))
+    assert np.array_equal(np.array(padded_causal_mask(mask, min(count, len(real)))), whole[:, :, -count:])
+
+
 @given(st.lists(st.booleans(), min_size=1, max_size=7))
 def test_no_row_of_the_padded_mask_is_empty(real):
     (((*rows_of_mask,),),) = np.array(padded_causal_mask(mx.array([real])))
@@ -97,8 +126,10 @@ def test_the_cache_returns_all_it_was_given(sizes, step):
 def test_misuse_is_refused():
     decoder = tiny_model().decoder
     x = rows(3, WIDTH)[None]
-    with pytest.raises(ValueError, match="needs a pass without a cache"):
-        decoder(x, caches(), mx.ones((1, 3), dtype=mx.bool_))
+    with pytest.raises(ValueError, match=r"mask must be \(1, held \+ 3\) but got \(1, 2\)"):
+        decoder(x, caches(), mx.ones((1, 2), dtype=mx.bool_))
+    with pytest.raises(ValueError, match=r"mask must be \(1, held \+ 3\) but got \(2, 3\)"):
+        decoder(x, caches(), mx.ones((2, 3), dtype=mx.bool_))
     with pytest.raises(ValueError, match="2 layer caches are needed but got 1"):
         decoder(x, caches()[:1])
     cache = KVCache()

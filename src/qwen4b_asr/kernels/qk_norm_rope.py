@@ -42,7 +42,8 @@ def qk_norm_rope(
         k_weight: Norm weight of the keys (E,).
         eps: Epsilon of the norms.
         theta: Base of the rotary frequencies.
-        offset: Position of row 0, below 2^24; a 0-d int32 array where it is computed on the device.
+        offset: Position of row 0, below 2^24; a 0-d int32 array where it is computed on the device, (B,) where each
+            item has its own, which the kernel leaves to the plain operations.
 
     Returns:
         Queries (B, H, S, E) and keys (B, G, S, E), ready for attention and cache.
@@ -58,8 +59,11 @@ def qk_norm_rope(
         raise ValueError(
             f"[qk_norm_rope] norm weights must be {q.shape[3:]} but got {q_weight.shape} and {k_weight.shape}"
         )
+    if isinstance(offset, mx.array) and offset.shape not in ((), (q.shape[0],)):
+        raise ValueError(f"[qk_norm_rope] offset must be () or ({q.shape[0]},) but got {offset.shape}")
     dtypes = {q.dtype, k.dtype, q_weight.dtype, k_weight.dtype}
-    if len(dtypes) > 1 or q.dtype not in _DTYPES or not (q.size and k.size):
+    apart = isinstance(offset, mx.array) and offset.ndim > 0
+    if apart or len(dtypes) > 1 or q.dtype not in _DTYPES or not (q.size and k.size):
         return qk_norm_rope_reference(q, k, q_weight, k_weight, eps=eps, theta=theta, offset=offset)
     rotated: tuple[mx.array, mx.array] = OPERATION(q, k, q_weight, k_weight, eps=eps, theta=theta, offset=offset)
     return rotated
