@@ -55,6 +55,7 @@ ROOMS = [
                 "conversion",
                 "families",
                 "recipes",
+                "quantize",
                 "convert",
                 "verify",
                 "obtain",

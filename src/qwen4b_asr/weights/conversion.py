@@ -12,7 +12,9 @@ import numpy.typing as npt
 
 from ..config import ModelConfig
 from ..errors import CheckpointError
+from ..quantization import Scheme
 from .keymap import KeyMap, Plan, Shape
+from .recipes import Recipe
 from .tensors import FLOAT_DTYPES, TensorRef
 
 Tensors = Mapping[str, TensorRef]
@@ -47,6 +49,8 @@ class Conversion:
         vectors: Parameters that are computed rather than copied, float32.
         copies: Files that go along: name in the new directory -> file.
         fingerprint: Of a SANM encoder, kept in the provenance; empty for others.
+        schemes: Path of a module in the model -> how the dense matrix that fills it is quantised.
+        recipe: What asked for that.
     """
 
     config: ModelConfig
@@ -54,6 +58,8 @@ class Conversion:
     vectors: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
     copies: Mapping[str, Path] = field(default_factory=dict)
     fingerprint: str = ""
+    schemes: Mapping[str, Scheme] = field(default_factory=dict)
+    recipe: Recipe | None = None
 
 
 def shapes_of(refs: Tensors) -> dict[str, Shape]:

@@ -7,6 +7,7 @@ appears by one rename, so a conversion that is killed leaves nothing under its n
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,9 @@ from .families import plan_checkpoint
 from .keymap import Assignment
 from .load import check_decoder_dtype, parameter_shapes
 from .parts import check_files, plan_parts
+from .quantize import quantize_conversion, quantized_tensors
 from .quantized import packed_types, type_problem
+from .recipes import Recipe
 from .safetensors_file import DEFAULT_SHARD_BYTES, OutgoingTensor, write_safetensors
 from .tensors import mlx_dtype
 
@@ -54,6 +57,7 @@ def convert(
     force: bool = False,
     encoder_heads: int | None = None,
     adaptor_heads: int | None = None,
+    recipe: Recipe | None = None,
     on_progress: Progress | None = None,
 ) -> ModelConfig:
     """Convert the published parts into one self-contained model directory.
@@ -64,11 +68,13 @@ def convert(
         llm: Directory of Qwen3 in Hugging Face's layout.
         output: The directory to make.
         dtype: Type to store the decoder in, ``float32`` or ``bfloat16``; by default the one that loses
-            nothing. Encoder and adaptor are always stored as float32: they are small and sensitive.
+            nothing, and bfloat16 beside quantised matrices. Encoder and adaptor are always stored as float32: they
+            are small and sensitive.
         shard_bytes: Largest size of a file of weights.
         force: Whether an existing model directory is replaced.
         encoder_heads: Attention heads of the encoder, where its files do not tell.
         adaptor_heads: Attention heads of the adaptor; no file tells, 8 by default.
+        recipe: What to quantise, and how; from `recipes.read_recipe`. Nothing by default.
         on_progress: Called with the name of what was written or hashed, the bytes done and the bytes in all.
 
     Returns:
@@ -76,12 +82,14 @@ def convert(
 
     Raises:
         CheckpointError: If a file is missing, damaged, or the parts do not fit together.
-        ConfigError: If the dtype is not one that works.
+        ConfigError: If the dtype is not one that works, or the recipe does not fit.
     """
     encoder, adaptor, llm = (Path(path).expanduser() for path in (encoder, adaptor, llm))
     check_files(encoder, adaptor, llm)
     conversion = plan_parts(encoder, adaptor, llm, encoder_heads, adaptor_heads)
-    return write_conversion(conversion, output, dtype, shard_bytes=shard_bytes, force=force, on_progress=on_progress)
+    return write_conversion(
+        conversion, output, dtype, recipe=recipe, shard_bytes=shard_bytes, force=force, on_progress=on_progress
+    )
 
 
 def convert_checkpoint(
@@ -93,18 +101,21 @@ def convert_checkpoint(
     lora: str = "keep",
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     force: bool = False,
+    recipe: Recipe | None = None,
     on_progress: Progress | None = None,
 ) -> ModelConfig:
     """Convert one published checkpoint that is a whole model: SenseVoiceSmall, Fun-ASR-Nano, Canary-Qwen.
 
     Args:
-        checkpoint: Its directory, as downloaded; which it is, its tensors tell.
+        checkpoint: Its directory, as downloaded; which it is, its tensors tell. Or a model directory, to be stored
+            anew in another type or quantised.
         output: The directory to make.
         tokenizer: Directory of the language model's ``tokenizer.json``, where the checkpoint has none.
         dtype: Type to store the decoder in; as in `convert`.
         lora: ``keep`` adapters apart, or ``merge`` them into the weights.
         shard_bytes: Largest size of a file of weights.
         force: Whether an existing model directory is replaced.
+        recipe: As in `convert`.
         on_progress: As in `convert`.
 
     Returns:
@@ -116,7 +127,9 @@ def convert_checkpoint(
     """
     folder = None if tokenizer is None else Path(tokenizer).expanduser()
     conversion = plan_checkpoint(Path(checkpoint).expanduser(), folder, lora=lora)
-    return write_conversion(conversion, output, dtype, shard_bytes=shard_bytes, force=force, on_progress=on_progress)
+    return write_conversion(
+        conversion, output, dtype, recipe=recipe, shard_bytes=shard_bytes, force=force, on_progress=on_progress
+    )
 
 
 def write_conversion(
@@ -124,6 +137,7 @@ def write_conversion(
     output: str | Path,
     dtype: str | None = None,
     *,
+    recipe: Recipe | None = None,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     force: bool = False,
     on_progress: Progress | None = None,
@@ -133,6 +147,8 @@ def write_conversion(
         check_decoder_dtype(dtype, DTYPES)
     if shard_bytes < 1:
         raise ConfigError(f"shard size {shard_bytes}: must be at least 1 byte")
+    if recipe is not None:
+        conversion = quantize_conversion(conversion, recipe)
     decoder_dtype = _decoder_dtype(conversion, dtype)
     tensors = _outgoing(conversion, decoder_dtype)
     used = {fill.part: [*files_of(fill.refs), *fill.files] for fill in conversion.fills}
@@ -159,9 +175,14 @@ def write_conversion(
 
 
 def _decoder_dtype(conversion: Conversion, dtype: str | None) -> str:
-    """Return the type that the decoder's numbers are stored in: the one that loses nothing, unless another is asked."""
+    """Return the type that the decoder's numbers are stored in, unless another is asked: the one that loses nothing.
+
+    Once matrices are packed, that is what it no longer is; their scales take half the bytes in bfloat16.
+    """
     if dtype is not None:
         return {"float32": "F32", "bfloat16": "BF16"}[dtype]
+    if any(stem.startswith(_DECODER) for stem in conversion.schemes):
+        return "BF16"
     kinds = {
         fill.refs[name].dtype
         for fill in conversion.fills
@@ -176,19 +197,35 @@ def _outgoing(conversion: Conversion, decoder_dtype: str) -> list[OutgoingTensor
     """List what is to be written, in the model's order."""
     model = SpeechModel(conversion.config)
     packed = packed_types(model)
-    kinds = {
-        name: packed.get(name, decoder_dtype if name.startswith(_DECODER) else "F32")
-        for name in parameter_shapes(model)
-    }
-    made = {name: _once(values) for name, values in conversion.vectors.items()}
+    shapes = parameter_shapes(model)
+    kinds = {name: packed.get(name, decoder_dtype if name.startswith(_DECODER) else "F32") for name in shapes}
+    made: dict[str, OutgoingTensor] = {}
+
+    def add(name: str, blocks: Callable[[], Iterator[mx.array]]) -> None:
+        made[name] = OutgoingTensor(name, shapes[name], kinds[name], blocks)
+
+    for name, values in conversion.vectors.items():
+        add(name, _once(values))
     for fill in conversion.fills:
         for assignment in fill.plan.assignments:
             name = f"{fill.prefix}{assignment.target}"
+            stem = name.removesuffix(".weight")
+            scheme = conversion.schemes.get(stem) if stem != name else None
+            file = fill.refs[assignment.sources[0]].file
             for source in assignment.sources:
-                if problem := type_problem(name, fill.refs[source].dtype, packed):
-                    raise CheckpointError(f"{fill.refs[source].file}: {problem}")
-            made[name] = _blocks(assignment, fill.refs, mlx_dtype(kinds[name]))
-    return [OutgoingTensor(name, shape, kinds[name], made[name]) for name, shape in parameter_shapes(model).items()]
+                if problem := type_problem(name, fill.refs[source].dtype, {} if scheme is not None else packed):
+                    raise CheckpointError(f"{file}: {problem}")
+            if scheme is None:
+                add(name, _blocks(assignment, fill.refs, mlx_dtype(kinds[name])))
+                continue
+            dense = _blocks(assignment, fill.refs, mx.float32)
+            rows, groups = shapes[f"{stem}.scales"]
+            shape = rows, groups * scheme.group_size
+            made.update(
+                (tensor.name, tensor)
+                for tensor in quantized_tensors(stem, shape, scheme, dense, kinds[f"{stem}.scales"], file=str(file))
+            )
+    return [made[name] for name in shapes]
 
 
 def _once(values: np.ndarray[Any, Any]) -> Callable[[], Iterator[mx.array]]:
@@ -216,6 +253,7 @@ def _provenance(
         "schema": 1,
         "tool": f"qwen4b-asr {__version__}",
         "decoder_dtype": decoder_dtype,
+        **({"quantization": asdict(conversion.recipe)} if conversion.recipe is not None else {}),
         **({"encoder_fingerprint": conversion.fingerprint} if conversion.fingerprint else {}),
         "sources": {part: {path.name: digest(path) for path in paths} for part, paths in used.items()},
         "dropped": {name: why for fill in conversion.fills for name, why in fill.plan.dropped.items()},

@@ -22,13 +22,15 @@ from .checkpoint import open_checkpoint
 from .config_yaml import read_config_yaml
 from .conversion import Conversion, Fill, Tensors, check_floats, checked_mvn, renamed_shapes, shapes_of
 from .derive import encoder_config, frontend_config, read_json_object
-from .directory import TOKENIZER_FILE
+from .directory import PROVENANCE_FILE, TOKENIZER_FILE
+from .find import is_model_directory
 from .kaldi_mvn import read_kaldi_mvn
-from .keymap import KeyMap, load_keymap
-from .load import parameter_shapes
+from .keymap import Assignment, KeyMap, Plan, load_keymap
+from .load import check_names_and_shapes, parameter_shapes
 from .nano import read_nano
 from .pairing import family
 from .parts import MVN_FILE, checked_tokenizer, mvn_vectors, sanm_fingerprint, stop_tokens, weights_file
+from .safetensors_file import read_safetensors_directory
 
 LORA = ("keep", "merge")
 # Their authors decode greedily, without a repetition penalty and without an n-gram ban.
@@ -40,7 +42,7 @@ def plan_checkpoint(directory: Path, tokenizer: Path | None = None, *, lora: str
     """Find out which checkpoint a directory holds, and plan its conversion; only headers and small files are read.
 
     Args:
-        directory: The checkpoint, as downloaded.
+        directory: The checkpoint, as downloaded, or a model directory that is to be stored anew.
         tokenizer: Directory of the language model's ``tokenizer.json``, where the checkpoint has none.
         lora: ``keep`` adapters apart, or ``merge`` them into the weights.
 
@@ -52,6 +54,8 @@ def plan_checkpoint(directory: Path, tokenizer: Path | None = None, *, lora: str
         raise ConfigError(f"lora {lora!r}: choose one of {', '.join(LORA)}")
     if not directory.is_dir():
         raise CheckpointError(f"{directory}: must be the directory of a checkpoint, and there is none")
+    if is_model_directory(directory):
+        return _plan_again(directory, lora)
     refs = open_checkpoint(weights_file(directory))
     found = family(refs)
     if found not in _PLANS:
@@ -61,6 +65,21 @@ def plan_checkpoint(directory: Path, tokenizer: Path | None = None, *, lora: str
         )
     conversion = _PLANS[found](directory, refs, tokenizer, lora)
     return replace(conversion, config=replace(conversion.config, name=_name(found, conversion.config)))
+
+
+def _plan_again(directory: Path, lora: str) -> Conversion:
+    """Plan to store a model directory anew: every tensor fills the parameter of its own name."""
+    config = ModelConfig.load(directory)
+    if lora == "merge" and config.decoder is not None and config.decoder.lora is not None:
+        raise ConfigError(f"{directory}: has its adapter apart; merge it when you convert the published checkpoint")
+    refs = read_safetensors_directory(directory)
+    check_names_and_shapes(shapes_of(refs), parameter_shapes(SpeechModel(config)), source=str(directory))
+    small = [name for name in (TOKENIZER_FILE, *PIECE_FILES) if (directory / name).is_file()]
+    provenance = read_json_object(directory / PROVENANCE_FILE) if (directory / PROVENANCE_FILE).is_file() else {}
+    plan = Plan(tuple(Assignment(name, (name,), "identity") for name in refs), {})
+    fill = Fill("model", "", refs, plan, (directory / CONFIG_FILE, *(directory / name for name in small)))
+    copies = {name: directory / name for name in small}
+    return Conversion(config, (fill,), {}, copies, str(provenance.get("encoder_fingerprint", "")))
 
 
 def _plan_sensevoice(directory: Path, refs: Tensors, _: Path | None, __: str) -> Conversion:

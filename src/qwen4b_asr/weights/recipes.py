@@ -149,7 +149,7 @@ RECIPES: Mapping[str, Recipe] = {
 
 def encoder_rules(bits: int) -> tuple[Rule, ...]:
     """Rules for an audio encoder of any family: its layers' matrices, and nothing at either end."""
-    kept = ("ctc_lo", "embed", "pre_encode.*")
+    kept = ("*ctc_lo", "embed", "pre_encode.*")
     return (Rule("*", bits), *(Rule(path, None) for path in kept))
 
 

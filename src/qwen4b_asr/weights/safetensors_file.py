@@ -227,8 +227,9 @@ def write_safetensors(
 
 
 def _write_file(path: Path, tensors: list[OutgoingTensor], on_tensor: Callable[[str, int], None] | None) -> str:
-    # Wide types first, so that every tensor is aligned to its type.
-    ordered = sorted(tensors, key=lambda tensor: -item_size(tensor.dtype))
+    # Every tensor is aligned to its type: in the order given if that does it, or else wide types first. The order
+    # given keeps the parts of a quantised matrix together, which are made together.
+    ordered = tensors if _aligned(tensors) else sorted(tensors, key=lambda tensor: -item_size(tensor.dtype))
     header: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
     position = 0
     for tensor in ordered:
@@ -256,6 +257,15 @@ def _write_file(path: Path, tensors: list[OutgoingTensor], on_tensor: Callable[[
                 on_tensor(tensor.name, tensor.nbytes)
 
     return write_durably(path, chunks())
+
+
+def _aligned(tensors: Sequence[OutgoingTensor]) -> bool:
+    position = 0
+    for tensor in tensors:
+        if position % item_size(tensor.dtype):
+            return False
+        position += tensor.nbytes
+    return True
 
 
 def write_durably(path: Path, chunks: Iterable[bytes | memoryview]) -> str:
