@@ -12,6 +12,7 @@ from ..errors import ConfigError
 
 if TYPE_CHECKING:
     from ..config import ModelConfig
+    from ..weights.recipes import Recipe
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
@@ -23,7 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="DIR",
         help="a published checkpoint that is a whole model: SenseVoiceSmall, Fun-ASR-Nano and MLT-Nano (model.pt, or "
-        "transformers' layout), Canary-Qwen; which it is, its tensors tell",
+        "transformers' layout), Canary-Qwen; which it is, its tensors tell. Or a model directory, or the name of one "
+        "that is on this machine, to store it in another type or --quantize it",
     )
     parser.add_argument(
         "--tokenizer",
@@ -68,10 +70,45 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="largest file, such as 500M or 4G (default: 4G)",
     )
     parser.add_argument("--force", action="store_true", help="replace the model directory if it exists")
+    add_quantize_arguments(parser)
     parser.add_argument(
         "--encoder-heads", type=int, metavar="N", help="attention heads of the encoder, if config.yaml is not there"
     )
     parser.add_argument("--adaptor-heads", type=int, metavar="N", help="attention heads of the adaptor (default: 8)")
+
+
+def add_quantize_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say what is quantised."""
+    parser.add_argument(
+        "--quantize",
+        metavar="RECIPE",
+        help="quantise the language model: 8, 6, 5 or 4 bits, its embedding and head at 8; 6-all, 4-all, with those; "
+        "mixed-4-6, mixed-4-8, mixed-3-6, more bits where errors weigh most; mxfp8, mxfp4; or a .json file of rules",
+    )
+    parser.add_argument(
+        "--group-size", type=int, choices=(32, 64, 128), help="elements that share a scale (default: 64)"
+    )
+    for part in ("encoder", "adaptor"):
+        parser.add_argument(
+            f"--quantize-{part}", type=int, choices=(8, 6, 5, 4), metavar="BITS", help=f"quantise the {part} too"
+        )
+
+
+def recipe_of(args: argparse.Namespace) -> Recipe | None:
+    """Return the recipe that the options of `add_quantize_arguments` ask for, None if they ask for none.
+
+    Raises:
+        ConfigError: If there is no such recipe.
+    """
+    if args.quantize is None and args.quantize_encoder is None and args.quantize_adaptor is None:
+        if args.group_size is not None:
+            raise ConfigError("--group-size is for --quantize")
+        return None
+    from ..weights.recipes import read_recipe
+
+    return read_recipe(
+        args.quantize, group_size=args.group_size, encoder=args.quantize_encoder, adaptor=args.quantize_adaptor
+    )
 
 
 def byte_count(text: str) -> int:
@@ -98,11 +135,16 @@ def run(args: argparse.Namespace) -> int:
     given = sum(part is not None for part in (args.encoder, args.adaptor, args.llm))
     if given != (3 if args.checkpoint is None else 0):
         raise ConfigError("give --checkpoint, or all of --encoder, --adaptor and --llm")
-    common = {"dtype": args.dtype, "shard_bytes": args.shard_size, "force": args.force}
+    common = {
+        "dtype": args.dtype,
+        "shard_bytes": args.shard_size,
+        "force": args.force,
+        "recipe": recipe_of(args),
+    }
     with byte_progress("converting") as on_progress:
         if args.checkpoint is not None:
             config = convert_checkpoint(
-                args.checkpoint,
+                _local(args.checkpoint),
                 args.output,
                 tokenizer=args.tokenizer,
                 lora=args.lora,
@@ -128,6 +170,13 @@ def run(args: argparse.Namespace) -> int:
     )
     print_remarks(config)
     return 0
+
+
+def _local(checkpoint: Path) -> Path:
+    """Return the directory of a model whose name was given, or else what was given."""
+    from ..weights.find import find_local
+
+    return checkpoint if checkpoint.exists() else find_local(str(checkpoint)) or checkpoint
 
 
 def print_remarks(config: ModelConfig) -> None:

@@ -74,8 +74,10 @@ def _text(place: str, licence: str | None, description: Description) -> str:
     lines = [f"{description.title}\n", f"  at       {place}\n"]
     if licence:
         lines.append(f"  licence  {licence}\n")
-    if description.quantization:
-        lines.append(f"  packed   {_packing(description.quantization)}\n")
+    packed = [_packing(description.quantization)] if description.quantization else []
+    packed += [f"{stage}: {_packing(own)}" for stage, own in description.stages.items()]
+    packed += [f"by recipe {description.recipe}"] if description.recipe else []
+    lines += [f"  {'' if number else 'packed':8} {text}\n" for number, text in enumerate(packed)]
     cells = [("part", "tensors", "parameters", "size", "types")]
     cells += [_cells(part) for part in (*description.parts, description.total)]
     widths = [max(len(line[column]) for line in cells) for column in range(4)]
@@ -103,6 +105,8 @@ def _json(place: str, licence: str | None, description: Description) -> str:
         "licence": licence,
         "manifests": list(description.manifests),
         "quantization": description.quantization,
+        "quantized_stages": dict(description.stages),
+        "recipe": description.recipe,
         "parts": [_object(part) for part in description.parts],
         "total": _object(description.total),
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -48,13 +48,18 @@ class Description:
         title: What it is.
         parts: Its parts, in the order of the file.
         manifests: The manifests that name exactly these tensors; models of one shape share them.
-        quantization: ``bits`` and ``group_size`` of what is quantised, if anything is.
+        quantization: ``bits`` and ``group_size`` of what is quantised of the language model, if anything is, and
+            modules that have others.
+        stages: The same of ``audio_encoder`` and ``adaptor``.
+        recipe: What quantised it, where that is known.
     """
 
     title: str
     parts: tuple[PartInfo, ...]
     manifests: tuple[str, ...] = ()
     quantization: Mapping[str, Any] | None = None
+    stages: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    recipe: str | None = None
 
     @property
     def total(self) -> PartInfo:
@@ -83,15 +88,21 @@ def describe_path(path: Path) -> Description:
         CheckpointError: If no readable weights are there.
     """
     refs = open_checkpoint(_weights_in(path))
-    settings = _settings(path)
-    quantization = _quantization(settings)
+    settings = _settings(path, "config.json")
+    quantization, stages = _quantization(settings), _stages(settings)
     tensors = [_Tensor(ref.name, ref.shape, ref.dtype) for ref in refs.values()]
     manifests = identify(refs)
     if "schema" in settings:
         title = f"model directory {settings.get('name') or path.name}"
     else:
         title = f"{' or '.join(manifests)} by its tensors" if manifests else "unknown checkpoint"
-    return Description(title, _parts(tensors, quantization), manifests, quantization)
+    everything = {**(quantization or {})}
+    for stage, own in stages.items():
+        everything |= {f"{stage}.{key}": value for key, value in own.items() if isinstance(value, dict)}
+        everything[stage] = own
+    recipe = _settings(path, "provenance.json").get("quantization")
+    name = recipe.get("name") if isinstance(recipe, dict) else None
+    return Description(title, _parts(tensors, everything), manifests, quantization, stages, name)
 
 
 def describe_manifest(manifest: Manifest) -> Description:
@@ -124,10 +135,10 @@ def _weights_in(path: Path) -> Path:
     return found[0] if found else files[0] if len(files) == 1 else path
 
 
-def _settings(path: Path) -> dict[str, Any]:
+def _settings(path: Path, file: str) -> dict[str, Any]:
     folder = path if path.is_dir() else path.parent
     try:
-        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        values = json.loads((folder / file).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}  # a file of weights needs none
     return values if isinstance(values, dict) else {}
@@ -138,10 +149,20 @@ def _quantization(settings: Mapping[str, Any]) -> dict[str, Any] | None:
     for holder in (settings, settings.get("decoder")):
         found = holder.get("quantization") if isinstance(holder, dict) else None
         if isinstance(found, dict):
-            if "default" in found:  # as a converted model writes it
-                return {**found["default"], **{path: own for path, own in found["overrides"].items() if own}}
-            return found
+            return _flat(found)
     return None
+
+
+def _flat(found: dict[str, Any]) -> dict[str, Any]:
+    if "default" in found:  # as a converted model writes it
+        return {**found["default"], **{path: own for path, own in found["overrides"].items() if own}}
+    return found
+
+
+def _stages(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    found = settings.get("quantized_stages")
+    stages = found.items() if "schema" in settings and isinstance(found, dict) else ()
+    return {"audio_encoder" if name == "encoder" else name: _flat(own) for name, own in stages}
 
 
 def _parts(tensors: Iterable[_Tensor], quantization: Mapping[str, Any] | None = None) -> tuple[PartInfo, ...]:
@@ -177,8 +198,8 @@ def _parameters(tensor: _Tensor, others: Mapping[str, _Tensor], quantization: Ma
     """Values that a tensor stands for.
 
     MLX packs a matrix into 32-bit words ``weight`` with ``scales`` and ``biases``, one of each for a group of values in
-    a row; the three stand for the matrix alone. The size of a group is in the configuration, for all matrices or for
-    one by its name.
+    a row; the three stand for the matrix alone. The size of a group is in the configuration, for all matrices, for
+    those of one part, or for one by its name.
     """
     stem, _, last = tensor.name.rpartition(".")
     packed, scales = others.get(f"{stem}.weight"), others.get(f"{stem}.scales")
@@ -186,7 +207,8 @@ def _parameters(tensor: _Tensor, others: Mapping[str, _Tensor], quantization: Ma
         return prod(tensor.shape)
     if last == "weight":
         stem = stem.replace(".base_layer", "")
-        own = quantization.get(stem) or quantization.get(stem.partition(".")[2])
+        part, _, path = stem.partition(".")
+        own = quantization.get(stem) or quantization.get(part) or quantization.get(path)
         settings = own if isinstance(own, dict) else quantization
         return prod(scales.shape) * int(settings.get("group_size", _GROUP_SIZE))
     return 0 if last in ("scales", "biases") else prod(tensor.shape)
