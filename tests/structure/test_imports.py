@@ -23,7 +23,20 @@ ROOMS = [
     ("ground", ["errors", "version", "_blas", "kernels"]),
     (
         "helpers",
-        ["cache", "sampling", "tokenizer", "segment", "ctc", "pieces", "byte_pieces", "rich", "lora", "quantization"],
+        [
+            "cache",
+            "sampling",
+            "tokenizer",
+            "segment",
+            "ctc",
+            "pieces",
+            "byte_pieces",
+            "rich",
+            "lora",
+            "quantization",
+            "batch_cache",
+            "batch_sampling",
+        ],
     ),
     (
         "stages",
@@ -43,7 +56,10 @@ ROOMS = [
         ],
     ),
     ("readers", ["config", "weights"]),
-    ("composers", ["model", "generate", "transcript", "rich_decoding", "listen", "prompt_rows", "written"]),
+    (
+        "composers",
+        ["model", "generate", "batch_generate", "transcript", "rich_decoding", "listen", "prompt_rows", "written"],
+    ),
     (
         "checkpoints",
         [
@@ -62,7 +78,7 @@ ROOMS = [
             )
         ],
     ),
-    ("pipeline", ["recognise", "transcribe", "loading"]),
+    ("pipeline", ["recognise", "batch", "transcribe", "loading"]),
     ("training", ["training"]),
     ("doors", ["cli", "server", "__main__"]),
 ]
