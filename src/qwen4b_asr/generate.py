@@ -82,7 +82,7 @@ class Generation:
         if self.finish_reason is not None or self.tokens:
             raise RuntimeError("[Generation] a generation can be iterated over once")
         start = time.perf_counter()
-        choices = self._chained() if GreedyChain.pays(self._options.sampling) else self._one_by_one()
+        choices = self._choices()
         token = next(choices)
         self.prefill_seconds = time.perf_counter() - start
         start = time.perf_counter()
@@ -100,6 +100,9 @@ class Generation:
             token = next(choices)
             self.decode_seconds = time.perf_counter() - start
         self.decode_seconds = time.perf_counter() - start
+
+    def _choices(self) -> Iterator[int]:
+        return self._chained() if GreedyChain.pays(self._options.sampling) else self._one_by_one()
 
     def _one_by_one(self) -> Iterator[int]:
         """Choose tokens without end, each one from `tokens` and before the next step begins."""

@@ -69,8 +69,12 @@ def penalise_repetition(logits: mx.array, generated: Sequence[int], penalty: flo
     ids = mx.array(sorted(set(generated)))
     scores = logits[ids]
     logits = mx.array(logits)
-    logits[ids] = mx.where(scores < 0, scores * penalty, scores / penalty)
+    logits[ids] = _penalise(scores, penalty)
     return logits
+
+
+def _penalise(scores: mx.array, penalty: float) -> mx.array:
+    return mx.where(scores < 0, scores * penalty, scores / penalty)
 
 
 def banned_by_ngram(generated: Sequence[int], size: int) -> list[int]:
@@ -110,6 +114,17 @@ def keep_top_p(logits: mx.array, p: float) -> mx.array:
     return mx.put_along_axis(mx.zeros_like(logits), order, cut, axis=0)
 
 
+def best_two(scores: mx.array) -> tuple[mx.array, mx.array]:
+    """Return the best token of each row of scores (K, V), and by how much it leads: ids (K,) and leads (K,).
+
+    The lead is no number where the two best scores are infinite or one of them is no number.
+    """
+    ids = mx.argmax(scores, axis=-1, keepdims=True)
+    best = mx.take_along_axis(scores, ids, axis=-1)
+    others = mx.put_along_axis(scores, ids, mx.array(-mx.inf, dtype=scores.dtype), axis=-1)
+    return ids[:, 0], best[:, 0] - mx.max(others, axis=-1)
+
+
 class Sampler:
     """Chooses tokens one by one under fixed options.
 
@@ -125,6 +140,36 @@ class Sampler:
         """Apply penalty and ban to logits (V,); float32 out, the input is left alone."""
         logits = penalise_repetition(logits.astype(mx.float32), generated, self.options.repetition_penalty)
         return ban_repeated_ngrams(logits, generated, self.options.no_repeat_ngram)
+
+    def process_run(self, logits: mx.array, generated: Sequence[int], run: Sequence[int]) -> mx.array:
+        """Apply penalty and ban to the logits of a run, each row with the history that it would have.
+
+        Args:
+            logits: (K, V); row i is what follows `generated` and the first i tokens of `run`.
+            generated: Token ids so far.
+            run: K - 1 token ids.
+
+        Returns:
+            Logits (K, V), float32; each row as `process` gives it.
+        """
+        logits = mx.array(logits.astype(mx.float32))
+        history, seen = list(generated), set(generated)
+        penalised: list[tuple[int, int]] = []
+        banned: list[tuple[int, int]] = []
+        for row in range(len(run) + 1):
+            if self.options.repetition_penalty != 1.0:
+                penalised += [(row, token) for token in seen]
+            banned += [(row, token) for token in banned_by_ngram(history, self.options.no_repeat_ngram)]
+            if row < len(run):
+                history.append(run[row])
+                seen.add(run[row])
+        if penalised:
+            rows, ids = (mx.array(places) for places in zip(*penalised, strict=True))
+            logits[rows, ids] = _penalise(logits[rows, ids], self.options.repetition_penalty)
+        if banned:
+            rows, ids = (mx.array(places) for places in zip(*banned, strict=True))
+            logits[rows, ids] = -mx.inf
+        return logits
 
     def choose(self, logits: mx.array, generated: Sequence[int]) -> int:
         """Choose the next token.

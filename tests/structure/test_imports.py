@@ -58,7 +58,19 @@ ROOMS = [
     ("readers", ["config", "weights"]),
     (
         "composers",
-        ["model", "generate", "batch_generate", "transcript", "rich_decoding", "listen", "prompt_rows", "written"],
+        [
+            "model",
+            "generate",
+            "batch_generate",
+            "transcript",
+            "rich_decoding",
+            "listen",
+            "prompt_rows",
+            "written",
+            "draft",
+            "pass_costs",
+            "speculate",
+        ],
     ),
     (
         "checkpoints",
@@ -72,6 +84,7 @@ ROOMS = [
                 "families",
                 "recipes",
                 "quantize",
+                "fidelity",
                 "convert",
                 "verify",
                 "obtain",
