@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -117,7 +118,10 @@ class DecoderConfig:
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with per-head RMS norms on queries and keys before the rotation."""
+    """Grouped-query attention with per-head RMS norms on queries and keys before the rotation.
+
+    `joined.join_projections` may put one projection, ``qkv_proj``, in the place of three; so with the MLP's two.
+    """
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -136,9 +140,10 @@ class Attention(nn.Module):
     def __call__(self, x: mx.array, mask: mx.array | None, cache: LayerCache | None) -> mx.array:
         """Attend over x (B, S, H) and what the cache holds, causally without a mask; returns (B, S, H)."""
         batch, rows, _ = x.shape
-        q = self.q_proj(x).reshape(batch, rows, self.heads, -1)
-        k = self.k_proj(x).reshape(batch, rows, self.kv_heads, -1)
-        v = self.v_proj(x).reshape(batch, rows, self.kv_heads, -1).swapaxes(1, 2)
+        q, k, v = self.qkv_proj(x) if "qkv_proj" in self else (self.q_proj(x), self.k_proj(x), self.v_proj(x))
+        q = q.reshape(batch, rows, self.heads, -1)
+        k = k.reshape(batch, rows, self.kv_heads, -1)
+        v = v.reshape(batch, rows, self.kv_heads, -1).swapaxes(1, 2)
         offset = 0 if cache is None else cache.offset
         weights = self.q_norm.weight, self.k_norm.weight
         q, k = qk_norm_rope(q, k, *weights, eps=self.q_norm.eps, theta=self.rope_theta, offset=offset)
@@ -160,7 +165,13 @@ class MLP(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         """Map (B, S, H) to (B, S, H)."""
-        return self.down_proj(nn.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.gate_up_proj(x) if "gate_up_proj" in self else (self.gate_proj(x), self.up_proj(x))
+        return self.down_proj(_swiglu(gate, up))
+
+
+@partial(mx.compile, shapeless=True)
+def _swiglu(gate: mx.array, up: mx.array) -> mx.array:
+    return gate * mx.sigmoid(gate) * up
 
 
 class DecoderLayer(nn.Module):

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
+import mlx.core as mx
+
+from .config import ModelConfig
 from .errors import ConfigError
+from .joined import join_projections
 from .lora import fuse_lora
+from .machine import hold, kept_buffers, this_machine
+from .memory import PROGRAM_BYTES, plan_memory, require_room
 from .recognise import Recogniser, find_pieces
 from .tokenizer import Tokenizer
 from .transcribe import Transcriber
 from .weights.adapters import load_adapter
-from .weights.load import load_model
+from .weights.load import load_model, resolve_dtype
 from .weights.obtain import ProgressBar, no_progress, obtain_model
 
 
@@ -22,6 +29,8 @@ def load(
     *,
     lora: str = "keep",
     adapters: Mapping[str | os.PathLike[str], float] | None = None,
+    join: bool = True,
+    memory_limit: int | None = None,
     progress: ProgressBar = no_progress,
 ) -> Transcriber | Recogniser:
     """Load a model.
@@ -34,6 +43,9 @@ def load(
         lora: ``keep`` low-rank adapters of the decoder apart, so that they can be changed; or ``merge`` them into its
             weights, which saves two small products per layer and token.
         adapters: PEFT directories to put beside the decoder's layers, and the strength of each; 1 is as trained.
+        join: Join the decoder's projections of one input in memory, for fewer launches; the results are the same.
+        memory_limit: Bytes that the whole program may take, checked before anything is loaded; without it what the
+            machine has, and a warning where little is left.
         progress: Draws a bar while something is downloaded or converted; none by default.
 
     Returns:
@@ -42,13 +54,14 @@ def load(
     Raises:
         ModelNotFoundError: If there is no such model.
         DownloadError: If it has to be fetched and cannot be.
-        ConfigError: If its configuration cannot be used.
+        ConfigError: If its configuration cannot be used, or it needs too much memory.
         CheckpointError: If its weights do not fit.
         ValueError: On another dtype.
     """
     if lora not in ("keep", "merge"):
         raise ConfigError(f"lora {lora!r}: choose keep or merge")
     directory: Path = obtain_model(path_or_name, progress=progress)
+    _make_room(directory, os.fspath(path_or_name), dtype, memory_limit)
     model, config = load_model(directory, dtype=dtype)
     pieces = find_pieces(directory, config.ctc_size) if config.ctc_size and config.ctc_symbols is None else None
     if config.decoder is None:
@@ -59,4 +72,20 @@ def load(
         load_adapter(model.decoder, Path(folder), name=f"user{number}", strength=strength)
     if lora == "merge":
         fuse_lora(model.decoder)
+    if join:
+        join_projections(model.decoder)
     return Transcriber(model, config, Tokenizer(directory / "tokenizer.json"), pieces)
+
+
+def _make_room(directory: Path, name: str, dtype: str, limit: int | None) -> None:
+    """Refuse a model that does not fit, warn of one that hardly does, and hold MLX to what was planned."""
+    if limit is not None and limit < 1:
+        raise ConfigError(f"memory_limit {limit}: must be a number of bytes from 1")
+    config = ModelConfig.load(directory)
+    decoder_dtype = "bfloat16" if resolve_dtype(dtype) == mx.bfloat16 else "float32"
+    kept = kept_buffers()
+    plan = plan_memory(config, decoder_dtype, reserve=kept)
+    warning = require_room(config, plan, this_machine(), limit, model=name)
+    if warning:
+        warnings.warn(warning, RuntimeWarning, stacklevel=3)
+    hold(plan.peak, None if limit is None else limit - kept - PROGRAM_BYTES)

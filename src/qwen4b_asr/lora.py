@@ -18,6 +18,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from .joined import apart
+
 DEFAULT_NAME = "default"
 _SEARCH = r"(?:.*\.)?(?:{})"
 
@@ -227,6 +229,8 @@ def lora_layers(model: nn.Module) -> dict[str, LoraLinear]:
 def add_lora(model: nn.Module, factors: Factors, config: LoraConfig) -> None:
     """Put an adapter beside the layers of a model; all of it or, on an error, nothing.
 
+    Projections that were joined are split, and those without an adapter joined again.
+
     Args:
         model: Any module tree with linear layers.
         factors: Path of a layer -> A (r, C) and B (R, r), in the types to compute in.
@@ -235,6 +239,11 @@ def add_lora(model: nn.Module, factors: Factors, config: LoraConfig) -> None:
     Raises:
         ValueError: Naming the layers that do not exist, are not linear, or have other sizes than the factors.
     """
+    with apart(model):
+        _add_lora(model, factors, config)
+
+
+def _add_lora(model: nn.Module, factors: Factors, config: LoraConfig) -> None:
     problems = []
     wrapped: dict[str, LoraLinear] = {}
     modules = dict(model.named_modules())

@@ -18,6 +18,7 @@ import mlx.nn as nn
 import numpy as np
 
 from ..errors import CheckpointError
+from ..joined import apart
 from ..lora import DEFAULT_NAME, LoraConfig, add_lora, dense_weight, lora_layers, set_lora_strength
 from .checkpoint import open_checkpoint
 from .derive import read_json_object
@@ -144,6 +145,13 @@ def load_adapter(
         CheckpointError: If the adapter cannot be read or is not for this model.
     """
     adapter = read_adapter(directory, name=name)
+    with apart(model):
+        _put_beside(model, adapter)
+    set_lora_strength(model, strength, name)
+    return adapter
+
+
+def _put_beside(model: nn.Module, adapter: Adapter) -> None:
     modules = dict(model.named_modules())
     held = lora_layers(model)
     factors = {}
@@ -158,8 +166,6 @@ def load_adapter(
         add_lora(model, factors, adapter.config)
     except ValueError as error:
         raise CheckpointError(f"{adapter.source}: is not an adapter of this model: {error}") from error
-    set_lora_strength(model, strength, name)
-    return adapter
 
 
 def checkpoint_adapter(refs: Mapping[str, TensorRef], values: Mapping[str, Any], *, file: str) -> LoraConfig | None:
