@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "qwen4b_asr"
 INSTALLED = Path(qwen4b_asr.__file__).parent
 
-BANNED = {"torch", "torchaudio", "transformers", "mlx_lm", "funasr", "librosa", "peft"}
+BANNED = {"torch", "torchaudio", "transformers", "mlx_lm", "mlx_audio", "funasr", "funasr_mlx", "librosa", "peft"}
 # Where the originals run: in environments of their own, never in this one.
 TORCH_ROOMS = ("tools/golden/", "tools/bench/peer_worker_")
 

@@ -1,0 +1,233 @@
+"""A run of `tools/bench_transcribe.py`: which sides do what, in which order, and what comes out.
+
+Sections: ``listen`` (encoder, CTC head, adaptor; beside the peers), ``write`` (prefill and decode; likewise) and
+``grow`` (everything together, by length of audio; this project alone). A side holds only its section's part in memory.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from . import rounds
+from .rounds import Row
+from .sides import OWN, Peer, Side, SideError, environment, start
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to run.
+
+    Attributes:
+        model: Name or directory; None for random weights.
+        shape: Their shapes.
+        dtype: Of the decoder.
+        bits: Of its matrices; None leaves them as they are.
+        layers: Of the decoder; None for all.
+        sections: Any of ``listen``, ``write``, ``grow``.
+        peers: Beside whom.
+        lengths: Seconds of audio of the section ``grow``.
+        seconds: Seconds of audio of the other two.
+        tokens: Tokens that ``write`` decodes.
+        tokens_per_second: Tokens that ``grow`` decodes for a second of audio.
+        rounds: At most, for each stage.
+        budget: Seconds after which no further round of a stage begins.
+        threads: Of OpenBLAS and torch.
+        preload: Give peers on MLX the same OpenBLAS.
+        pythons: Interpreters that are there already, by peer.
+        folder: Where the environments of the others are.
+    """
+
+    model: str | None
+    shape: str
+    dtype: str
+    bits: int | None
+    layers: int | None
+    sections: tuple[str, ...]
+    peers: tuple[Peer, ...]
+    lengths: tuple[float, ...]
+    seconds: float
+    tokens: int
+    tokens_per_second: float
+    rounds: int
+    budget: float
+    threads: int
+    preload: bool
+    pythons: Mapping[str, Path]
+    folder: Path
+
+
+@dataclass
+class Result:
+    """What came out.
+
+    Attributes:
+        facts: Side -> what it said of itself; and ``model``.
+        rows: A row per stage and section.
+        ceilings: Bytes per second that the machine was seen to read, in the rounds of ``write``.
+        prompt_rows: Rows of the prompt of ``write``.
+        decoder_bytes: Bytes of weights that a token reads.
+        memory: Part -> bytes, of this project.
+        missing: What could not be run, and why.
+    """
+
+    facts: dict[str, Any] = field(default_factory=dict)
+    rows: dict[str, list[Row]] = field(default_factory=dict)
+    ceilings: list[float] = field(default_factory=list)
+    prompt_rows: int = 0
+    decoder_bytes: int = 0
+    memory: dict[str, dict[str, int | None]] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+
+    @property
+    def ceiling(self) -> float | None:
+        """The median of what the machine was seen to read, in bytes per second."""
+        return statistics.median(self.ceilings) if self.ceilings else None
+
+    def as_json(self) -> dict[str, Any]:
+        """Return plain values."""
+        return asdict(self)
+
+
+def run(plan: Plan, home: Path) -> Result:
+    """Do everything.
+
+    Args:
+        plan: What.
+        home: A folder for the files of the run, which nobody needs afterwards.
+
+    Raises:
+        SideError: If this project's own side fails; a peer that fails is left out, and said so.
+    """
+    result = Result()
+    model = _written(plan, home)
+    result.facts["model"] = {key: model[key] for key in ("config", "device")}
+    result.decoder_bytes = model["decoder_bytes"]
+    result.prompt_rows = model["prompt_rows"][str(plan.seconds)]
+    pythons = _interpreters(plan, model, result)
+    setup = {
+        "home": str(home),
+        "directory": model["directory"],
+        "config": model["config"],
+        "dtype": plan.dtype,
+        "tokens": plan.tokens,
+        "whole_tokens": plan.tokens,
+    }
+    for section in plan.sections:
+        if section != "listen" and model["config"]["decoder"] is None:
+            result.missing.append(f"{section}: the model has no language model")
+        elif section == "grow":
+            _grow(plan, home, setup, result)
+        else:
+            _beside(plan, home, setup, section, pythons, result)
+    return result
+
+
+def _written(plan: Plan, home: Path) -> dict[str, Any]:
+    """Have the model's files written by a process that ends, so that its memory is free afterwards."""
+    _say("writing weights")
+    side = start(OWN, "worker_own", sys.executable, plan.threads)
+    try:
+        wanted = {
+            "model": plan.model,
+            "shape": plan.shape,
+            "dtype": plan.dtype,
+            "bits": plan.bits,
+            "layers": plan.layers,
+            "peers": sorted({part for peer in plan.peers for part in peer.parts}),
+        }
+        side.ask("build", write=wanted, directory=str(home), seconds=[plan.seconds, *plan.lengths])
+        return side.facts
+    finally:
+        side.close()
+
+
+def _interpreters(plan: Plan, model: Mapping[str, Any], result: Result) -> dict[str, Path]:
+    """Return the interpreter of each peer that can take part."""
+    found = {}
+    for peer in plan.peers:
+        if not any(part in model["exported"] and part in plan.sections for part in peer.parts):
+            result.missing.append(f"{peer.name}: it has nothing like what was asked for")
+            continue
+        try:
+            found[peer.name] = plan.pythons.get(peer.name) or environment(peer, plan.folder)
+        except SideError as error:
+            result.missing.append(str(error))
+    return found
+
+
+def _beside(
+    plan: Plan, home: Path, setup: dict[str, Any], part: str, pythons: Mapping[str, Path], result: Result
+) -> None:
+    """Time a part on this project and on every peer that has it."""
+    sides = [start(OWN, "worker_own", sys.executable, plan.threads)]
+    try:
+        _build(sides[0], setup, [part], result)
+        inputs = home / f"inputs-{part}.npz"
+        sides[0].ask("make_inputs", seconds=plan.seconds, parts=[part], path=str(inputs))
+        for peer in plan.peers:
+            if part not in peer.parts or peer.name not in pythons:
+                continue
+            side = start(peer.name, peer.module, pythons[peer.name], plan.threads, preload=plan.preload)
+            try:
+                _build(side, setup, [part], result)
+                sides.append(side)
+            except SideError as error:
+                side.close()
+                result.missing.append(str(error))
+        for stage, having in rounds.stages_of(sides, inputs).items():
+            if stage == "ceiling":
+                continue
+            _say(f"{stage}, {plan.seconds:g} s of audio: {', '.join(side.name for side in having)}")
+            tokens = stage == "generate"
+            agreeing, gaps = rounds.checked(having, stage, home, tokens)
+            for side in having:
+                if side not in agreeing:
+                    result.missing.append(f"{side.name}: its {stage} differs from this project's ({gaps[side.name]})")
+            samples, readings = rounds.take(
+                agreeing, stage, plan.rounds, plan.budget, beside="ceiling" if tokens else None
+            )
+            result.ceilings += [reading["bytes_per_second"] for reading in readings]
+            rows = [rounds.row(name, plan.seconds, one, OWN, gaps) for name, one in samples.items()]
+            result.rows.setdefault(part, []).extend(rows)
+        result.memory[part] = sides[0].ask("peak")
+    finally:
+        for side in sides:
+            side.close()
+
+
+def _grow(plan: Plan, home: Path, setup: dict[str, Any], result: Result) -> None:
+    """Time every stage of this project alone, by the length of the audio."""
+    side = start(OWN, "worker_own", sys.executable, plan.threads)
+    try:
+        for seconds in plan.lengths:
+            tokens = max(1, round(plan.tokens_per_second * seconds))
+            _build(side, {**setup, "tokens": plan.tokens, "whole_tokens": tokens}, ["listen", "write"], result)
+            inputs = home / f"inputs-{seconds:g}.npz"
+            side.ask("make_inputs", seconds=seconds, parts=["listen", "write"], path=str(inputs))
+            for stage in side.ask("inputs", path=str(inputs))["stages"]:
+                if stage in ("ceiling", "generate"):
+                    continue
+                _say(f"{stage}, {seconds:g} s of audio")
+                side.ask("run", stage=stage)
+                if stage == "whole":
+                    side.ask("peak")
+                samples, _ = rounds.take([side], stage, plan.rounds, plan.budget)
+                rows = [rounds.row(name, seconds, one, OWN) for name, one in samples.items()]
+                result.rows.setdefault("grow", []).extend(rows)
+            result.memory[f"{seconds:g} s"] = side.ask("peak")
+    finally:
+        side.close()
+
+
+def _build(side: Side, setup: Mapping[str, Any], parts: Sequence[str], result: Result) -> None:
+    side.ask("build", **setup, parts=list(parts))
+    result.facts[side.name] = side.facts
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,209 @@
+"""The side of this project in `tools/bench_transcribe.py`; see `bench.worker` for the requests."""
+
+from __future__ import annotations
+
+from qwen4b_asr._blas import preload_openblas
+
+BLAS = preload_openblas()  # before MLX
+
+import gc  # noqa: E402
+import os  # noqa: E402
+import time  # noqa: E402
+from collections.abc import Mapping  # noqa: E402
+from dataclasses import dataclass  # noqa: E402
+from importlib.metadata import version  # noqa: E402
+from pathlib import Path  # noqa: E402
+from typing import Any  # noqa: E402
+
+import mlx.core as mx  # noqa: E402
+import numpy as np  # noqa: E402
+
+from bench.model_files import (  # noqa: E402
+    PROMPT_TOKENS,
+    export_decoder,
+    export_listen,
+    matrix_bytes,
+    prompt_length,
+    shape_config,
+    write_random,
+)
+from bench.worker import Stage, Timed, Worker, serve, stamped  # noqa: E402
+from qwen4b_asr.config import ModelConfig  # noqa: E402
+from qwen4b_asr.encoder import SenseVoiceEncoder  # noqa: E402
+from qwen4b_asr.generate import Generation, GenerationOptions  # noqa: E402
+from qwen4b_asr.joined import join_projections  # noqa: E402
+from qwen4b_asr.model import SpeechModel  # noqa: E402
+from qwen4b_asr.weights.load import load_model  # noqa: E402
+from qwen4b_asr.weights.obtain import obtain_model  # noqa: E402
+
+CEILING_BYTES = 256 * 2**20
+
+
+def build(setup: dict[str, Any]) -> Worker:
+    """Write the files of the bench, or load what they hold.
+
+    Args:
+        setup: ``write``: shape or model, dtype, bits, layers, seed, and whether peers need files; else ``directory``,
+            ``tokens`` to write in ``generate`` and ``whole_tokens`` in ``whole``.
+    """
+    gc.collect()
+    mx.clear_cache()
+    if "write" in setup:
+        return _Written(setup).worker()
+    return _Loaded(Path(setup["directory"]), setup).worker()
+
+
+class _Written:
+    def __init__(self, setup: dict[str, Any]) -> None:
+        wanted, home = setup["write"], Path(setup["directory"])
+        if wanted["model"] is None:
+            directory = home / "model"
+            config = shape_config(wanted["shape"], bits=wanted["bits"], layers=wanted["layers"])
+            write_random(config, directory, dtype=wanted["dtype"])
+        else:
+            directory = obtain_model(wanted["model"])
+        model, config = load_model(directory, dtype=wanted["dtype"])
+        listens = isinstance(model.audio_encoder, SenseVoiceEncoder)
+        if "listen" in wanted["peers"] and listens:
+            export_listen(model, home / "listen.safetensors")
+        writes = config.decoder is not None and config.decoder.lora is None
+        if "write" in wanted["peers"] and writes:
+            export_decoder(model.decoder, home / "decoder")
+        self.facts = {
+            "directory": str(directory),
+            "config": config.to_dict(),
+            "exported": [part for part, there in (("listen", listens), ("write", writes)) if there],
+            "decoder_bytes": matrix_bytes(model.decoder) if config.decoder is not None else 0,
+            "prompt_rows": {str(s): prompt_length(config, s) for s in setup["seconds"]},
+            "device": str(mx.default_device()),
+        }
+
+    def worker(self) -> Worker:
+        return Worker(self.facts, lambda inputs: {}, np.asarray)
+
+
+@dataclass
+class _Loaded:
+    directory: Path
+    setup: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        self.model: SpeechModel
+        self.config: ModelConfig
+        self.model, self.config = load_model(self.directory, dtype=self.setup["dtype"])
+        if "write" in self.setup["parts"]:
+            prepare_decoder(self.model)
+
+    def worker(self) -> Worker:
+        facts = {
+            "versions": {"mlx": version("mlx")},
+            "threads": os.environ.get("OPENBLAS_NUM_THREADS"),
+            "blas": Path(BLAS).name if BLAS else None,
+            "device": str(mx.default_device()),
+        }
+        return Worker(facts, self.stages, to_numpy, peak, {"make_inputs": self.make_inputs})
+
+    def make_inputs(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Write what every side gets: samples, features, audio states and prompt ids, as far as there are parts."""
+        rng = np.random.default_rng(0)
+        seconds = request["seconds"]
+        arrays: dict[str, Any] = {"samples": rng.standard_normal(round(16000 * seconds)).astype(np.float32) * 0.1}
+        if "listen" in request["parts"]:
+            features = self.model.frontend(mx.array(arrays["samples"]))[None]
+            states, _ = self.model.audio_encoder(features)
+            arrays |= {"features": to_numpy(features), "states": to_numpy(states)}
+        if self.config.decoder is not None:
+            ids = rng.integers(0, self.config.decoder.vocab_size, prompt_length(self.config, seconds))
+            arrays["ids"] = ids.astype(np.int32)
+        np.savez(request["path"], **arrays)
+        return {"rows": {name: list(array.shape) for name, array in arrays.items()}}
+
+    def stages(self, inputs: Mapping[str, np.ndarray]) -> dict[str, Stage]:
+        model, config = self.model, self.config
+        samples = mx.array(inputs["samples"])
+        stages: dict[str, Stage] = {"ceiling": ceiling}
+        parts = self.setup["parts"]
+        if "listen" in parts:
+            features, states = mx.array(inputs["features"]), mx.array(inputs["states"])
+            stages["features"] = lambda: evaluated(model.frontend(samples))
+            stages["encoder"] = lambda: evaluated(model.audio_encoder(features)[0])
+            if config.ctc_size:
+                stages["ctc head"] = lambda: evaluated(model.ctc_logits(states))
+            if config.adaptor is not None:
+                heard = states[:, config.dropped_rows :]
+                stages["adaptor"] = lambda: evaluated(model.adaptor(heard))
+        if "write" in parts:
+            ids = mx.array(inputs["ids"])
+            stages["generate"] = lambda: self.generate(model.decoder.embed(ids), self.setup["tokens"])
+            if "listen" in parts:
+                stages["whole"] = lambda: self.whole(samples, ids)
+        return stages
+
+    def generate(self, rows: mx.array, tokens: int) -> Timed:
+        """Write so many tokens greedily; nothing stops it."""
+        generation = Generation(self.model.decoder, rows, GenerationOptions(tokens, stop_token_ids=()))
+        start = time.perf_counter()
+        return stamped(iter(generation), start)
+
+    def whole(self, samples: mx.array, ids: mx.array) -> Timed:
+        """Go from samples to tokens; the first token's time holds all that comes before it."""
+        start = time.perf_counter()
+        states, _ = self.model.audio_encoder(self.model.frontend(samples)[None])
+        audio = self.model.adaptor(states[:, self.config.dropped_rows :])[0]
+        text = self.model.decoder.embed(ids[:PROMPT_TOKENS])
+        rows = evaluated(mx.concatenate([text, audio.astype(text.dtype)]))
+        heard = time.perf_counter() - start
+        timed = self.generate(rows, self.setup["whole_tokens"])
+        first = heard + timed.seconds["prefill"]
+        return Timed({"first token": first, "whole": first + timed.seconds["decode"]}, timed.tokens)
+
+
+def prepare_decoder(model: SpeechModel) -> None:
+    """Do to the decoder what loading a model does for speed."""
+    join_projections(model.decoder)
+
+
+_BIG: list[mx.array] = []
+
+
+def ceiling() -> Timed:
+    """Read a large array by the ways that a matrix times a vector may go; the bytes per second of each."""
+    if not _BIG:
+        columns = 4096
+        _BIG.append(mx.full((CEILING_BYTES // 4 // columns, columns), 1.0))
+        _BIG.append(mx.full((columns, 1), 1.0))
+        mx.eval(_BIG)
+    big, vector = _BIG
+    seconds = {}
+    for name, call in (
+        ("matvec", lambda: big @ vector),
+        ("vecmat", lambda: vector.T @ big[: vector.shape[0]]),
+        ("sum", lambda: big.sum()),
+    ):
+        start = time.perf_counter()
+        mx.eval(call())
+        seconds[name] = time.perf_counter() - start
+    seconds["vecmat"] *= big.shape[0] / min(big.shape[0], vector.shape[0])
+    return Timed(seconds, more={"bytes_per_second": CEILING_BYTES / min(seconds.values())})
+
+
+def evaluated(array: mx.array) -> mx.array:
+    """Compute an array and return it."""
+    mx.eval(array)
+    return array
+
+
+def to_numpy(array: mx.array) -> np.ndarray:
+    """Return an array as NumPy's float32."""
+    return np.array(array.astype(mx.float32))
+
+
+def peak() -> int:
+    """Return the most bytes that MLX's arrays took since the last call."""
+    most = mx.get_peak_memory()
+    mx.reset_peak_memory()
+    return most
+
+
+if __name__ == "__main__":
+    serve(build)
