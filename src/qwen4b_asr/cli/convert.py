@@ -6,12 +6,13 @@ import argparse
 import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from ..errors import ConfigError
+from ..errors import AsrError, ConfigError
 
 if TYPE_CHECKING:
     from ..config import ModelConfig
+    from ..weights.conversion import Conversion
     from ..weights.recipes import Recipe
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
@@ -92,6 +93,11 @@ def add_quantize_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
             f"--quantize-{part}", type=int, choices=(8, 6, 5, 4), metavar="BITS", help=f"quantise the {part} too"
         )
+    parser.add_argument(
+        "--no-check",
+        action="store_true",
+        help="do not compare the quantised model with its original (which reads both, a layer at a time)",
+    )
 
 
 def recipe_of(args: argparse.Namespace) -> Recipe | None:
@@ -135,16 +141,19 @@ def run(args: argparse.Namespace) -> int:
     given = sum(part is not None for part in (args.encoder, args.adaptor, args.llm))
     if given != (3 if args.checkpoint is None else 0):
         raise ConfigError("give --checkpoint, or all of --encoder, --adaptor and --llm")
-    common = {
+    recipe = recipe_of(args)
+    planned: list[Conversion] = []
+    common: dict[str, Any] = {
         "dtype": args.dtype,
         "shard_bytes": args.shard_size,
         "force": args.force,
-        "recipe": recipe_of(args),
+        "recipe": recipe,
+        "on_done": planned.append,
     }
     with byte_progress("converting") as on_progress:
         if args.checkpoint is not None:
             config = convert_checkpoint(
-                _local(args.checkpoint),
+                local_model(args.checkpoint),
                 args.output,
                 tokenizer=args.tokenizer,
                 lora=args.lora,
@@ -169,10 +178,30 @@ def run(args: argparse.Namespace) -> int:
         file=sys.stderr,
     )
     print_remarks(config)
+    if recipe is not None and not args.no_check:
+        print_check(planned[0], args.output)
     return 0
 
 
-def _local(checkpoint: Path) -> Path:
+def print_check(original: Conversion, output: Path) -> None:
+    """Compare a model directory with what it was quantised from; a model that cannot be compared is no failure."""
+    from ..weights.families import plan_checkpoint
+    from ..weights.fidelity import compare
+    from ._progress import byte_progress
+
+    try:
+        with byte_progress("comparing") as on_progress:
+            found = compare(original, plan_checkpoint(output), on_progress=on_progress)
+    except AsrError as error:
+        print(f"{output}: not compared with its original: {error}", file=sys.stderr)
+        return
+    for line in found.lines():
+        print(f"{output}: {line}", file=sys.stderr)
+    if found.problem:
+        print(f"{output}: warning: {found.problem}", file=sys.stderr)
+
+
+def local_model(checkpoint: Path) -> Path:
     """Return the directory of a model whose name was given, or else what was given."""
     from ..weights.find import find_local
 

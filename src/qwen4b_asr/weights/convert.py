@@ -59,6 +59,7 @@ def convert(
     adaptor_heads: int | None = None,
     recipe: Recipe | None = None,
     on_progress: Progress | None = None,
+    on_done: Callable[[Conversion], None] | None = None,
 ) -> ModelConfig:
     """Convert the published parts into one self-contained model directory.
 
@@ -76,6 +77,8 @@ def convert(
         adaptor_heads: Attention heads of the adaptor; no file tells, 8 by default.
         recipe: What to quantise, and how; from `recipes.read_recipe`. Nothing by default.
         on_progress: Called with the name of what was written or hashed, the bytes done and the bytes in all.
+        on_done: Called, once the directory is in its place, with what was planned before anything was quantised;
+            `fidelity.compare` takes it.
 
     Returns:
         The configuration of the new model.
@@ -88,7 +91,14 @@ def convert(
     check_files(encoder, adaptor, llm)
     conversion = plan_parts(encoder, adaptor, llm, encoder_heads, adaptor_heads)
     return write_conversion(
-        conversion, output, dtype, recipe=recipe, shard_bytes=shard_bytes, force=force, on_progress=on_progress
+        conversion,
+        output,
+        dtype,
+        recipe=recipe,
+        shard_bytes=shard_bytes,
+        force=force,
+        on_progress=on_progress,
+        on_done=on_done,
     )
 
 
@@ -103,6 +113,7 @@ def convert_checkpoint(
     force: bool = False,
     recipe: Recipe | None = None,
     on_progress: Progress | None = None,
+    on_done: Callable[[Conversion], None] | None = None,
 ) -> ModelConfig:
     """Convert one published checkpoint that is a whole model: SenseVoiceSmall, Fun-ASR-Nano, Canary-Qwen.
 
@@ -117,6 +128,7 @@ def convert_checkpoint(
         force: Whether an existing model directory is replaced.
         recipe: As in `convert`.
         on_progress: As in `convert`.
+        on_done: As in `convert`.
 
     Returns:
         The configuration of the new model.
@@ -128,7 +140,14 @@ def convert_checkpoint(
     folder = None if tokenizer is None else Path(tokenizer).expanduser()
     conversion = plan_checkpoint(Path(checkpoint).expanduser(), folder, lora=lora)
     return write_conversion(
-        conversion, output, dtype, recipe=recipe, shard_bytes=shard_bytes, force=force, on_progress=on_progress
+        conversion,
+        output,
+        dtype,
+        recipe=recipe,
+        shard_bytes=shard_bytes,
+        force=force,
+        on_progress=on_progress,
+        on_done=on_done,
     )
 
 
@@ -141,12 +160,14 @@ def write_conversion(
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     force: bool = False,
     on_progress: Progress | None = None,
+    on_done: Callable[[Conversion], None] | None = None,
 ) -> ModelConfig:
     """Write what was planned; arguments and errors as in `convert`."""
     if dtype is not None:
         check_decoder_dtype(dtype, DTYPES)
     if shard_bytes < 1:
         raise ConfigError(f"shard size {shard_bytes}: must be at least 1 byte")
+    original = conversion
     if recipe is not None:
         conversion = quantize_conversion(conversion, recipe)
     decoder_dtype = _decoder_dtype(conversion, dtype)
@@ -171,6 +192,8 @@ def write_conversion(
             stage / PROVENANCE_FILE, _provenance(conversion, used, decoder_dtype, report)
         )
         write_checksums(stage, digests)
+    if on_done is not None:
+        on_done(original)
     return conversion.config
 
 

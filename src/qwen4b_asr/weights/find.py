@@ -76,6 +76,8 @@ def find_local(name: str, *, hub: Hub | None = None) -> Path | None:
     if known is not None:
         made = models_folder() / known.name
         return made if is_model_directory(made) else None
+    if Path(name).name == name and is_model_directory(models_folder() / name):  # such as NAME-4, a quantised one
+        return models_folder() / name
     source = parse_repo(name)
     snapshot = (hub or Hub()).cached(source) if source is not None else None
     return snapshot if snapshot is not None and is_model_directory(snapshot) else None

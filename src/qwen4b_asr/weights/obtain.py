@@ -10,9 +10,11 @@ from pathlib import Path
 
 from ..errors import ConfigError, ModelNotFoundError
 from .catalog import KnownModel, Source, find_known, parse_repo
+from .conversion import Conversion
 from .convert import convert, convert_checkpoint
 from .find import find_local, find_model, is_model_directory, models_folder
 from .hub import Hub, Progress
+from .recipes import Recipe as Quantisation
 
 ProgressBar = Callable[[str], AbstractContextManager[Progress | None]]
 """Opens a bar under a title, and gives what to call with a name, the bytes done and the bytes in all."""
@@ -25,10 +27,14 @@ class Parts:
     Args:
         model: The model that is to be made.
         folders: Role -> folder with the files of that source.
+        quantise: What to quantise, and how.
+        on_done: As in `convert.convert`.
     """
 
     model: KnownModel
     folders: Mapping[str, Path]
+    quantise: Quantisation | None = None
+    on_done: Callable[[Conversion], None] | None = None
 
     def file(self, role: str) -> Path:
         """Return the one file that a source of one file consists of."""
@@ -47,13 +53,21 @@ def _funasr_qwen4b(parts: Parts, output: Path, force: bool, on_progress: Progres
         llm=parts.folders["llm"],
         output=output,
         force=force,
+        recipe=parts.quantise,
         on_progress=on_progress,
+        on_done=parts.on_done,
     )
 
 
 def _whole(parts: Parts, output: Path, force: bool, on_progress: Progress | None) -> None:
     convert_checkpoint(
-        parts.folders["model"], output, tokenizer=parts.folders.get("llm"), force=force, on_progress=on_progress
+        parts.folders["model"],
+        output,
+        tokenizer=parts.folders.get("llm"),
+        force=force,
+        recipe=parts.quantise,
+        on_progress=on_progress,
+        on_done=parts.on_done,
     )
 
 
@@ -79,6 +93,8 @@ def obtain_model(
     update: bool = False,
     force: bool = False,
     hub: Hub | None = None,
+    quantise: Quantisation | None = None,
+    on_done: Callable[[Conversion], None] | None = None,
     progress: ProgressBar = no_progress,
 ) -> Path:
     """Return the directory of a model; what is not on this machine is fetched, and converted if it must be.
@@ -91,6 +107,9 @@ def obtain_model(
         update: Whether to fetch the newest files, and convert them, although there is a model.
         force: Whether a model directory at `output` is replaced.
         hub: Where to fetch from.
+        quantise: What to quantise, and how. Such a model has the recipe's name behind its own, ``NAME-4``, so that it
+            can stand beside the one that is not quantised.
+        on_done: As in `convert.convert`; only called if something is converted.
         progress: Draws a bar for each of the two steps.
 
     Raises:
@@ -101,14 +120,18 @@ def obtain_model(
     name = os.fspath(path_or_name)
     hub = hub or Hub()
     known = None if Path(name).expanduser().is_dir() else find_known(name)
-    found = None if update or (known is not None and output is not None) else find_local(name, hub=hub)
+    made = name if known is None or quantise is None else f"{known.name}-{quantise.name}"
+    found = None if update or (known is not None and output is not None) else find_local(made, hub=hub)
+    convertible = known is not None and known.recipe in CONVERSIONS
+    if quantise is not None and not convertible:
+        raise ConfigError(f"{name}: is not converted here, so it cannot be quantised; convert --checkpoint can")
     if found is not None:
         return found
-    if known is not None and known.recipe in CONVERSIONS:
+    if known is not None and convertible:
         folders = fetch_sources(known.parts, update=update, hub=hub, progress=progress)
-        target = output or models_folder() / known.name
+        target = output or models_folder() / (known.name if quantise is None else made)
         with progress("converting") as on_progress:
-            CONVERSIONS[known.recipe](Parts(known, folders), target, force or update, on_progress)
+            CONVERSIONS[known.recipe](Parts(known, folders, quantise, on_done), target, force or update, on_progress)
         return target
     source = parse_repo(name) if known is None else None
     if source is None:

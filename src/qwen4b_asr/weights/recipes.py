@@ -173,20 +173,23 @@ def read_recipe(
     Raises:
         ConfigError: If there is no such recipe, or a rule is none.
     """
-    recipe = Recipe("none") if name is None else RECIPES.get(name)
+    recipe = Recipe("") if name is None else RECIPES.get(name)
     try:
         if recipe is None:
             assert name is not None
             recipe = _read_file(Path(name).expanduser())
-        more = {
+        more: Any = {
             part: rules(bits)
             for part, rules, bits in (("encoder", encoder_rules, encoder), ("adaptor", adaptor_rules, adaptor))
             if bits is not None
         }
-        recipe = replace(recipe, **more)  # type: ignore[arg-type]
+        words = [recipe.name] if recipe.name else []
+        words += [] if group_size is None else [f"g{group_size}"]
+        words += [f"{part}{bits}" for part, bits in (("encoder", encoder), ("adaptor", adaptor)) if bits is not None]
+        recipe = replace(recipe, name="-".join(words), **more)
         if group_size is not None:
-            sized = {part: _sized(getattr(recipe, part), group_size) for part in ("decoder", "encoder", "adaptor")}
-            recipe = replace(recipe, **sized)  # type: ignore[arg-type]
+            sized: Any = {part: _sized(getattr(recipe, part), group_size) for part in ("decoder", "encoder", "adaptor")}
+            recipe = replace(recipe, **sized)
     except ValueError as error:
         raise ConfigError(f"quantisation {name or ''}: {error}") from error
     return recipe

@@ -168,6 +168,10 @@ class TensorRef:
         """Read the whole tensor in its own type."""
         return self._to_mlx(self._view())
 
+    def rows(self, chosen: list[int]) -> mx.array:
+        """Read some indices of the first axis, in their order, and nothing else of the file."""
+        return self._to_mlx(np.ascontiguousarray(self._view()[chosen]))
+
     def blocks(self, max_bytes: int = 1 << 22) -> Iterator[mx.array]:
         """Yield the elements in row-major order as flat arrays of about `max_bytes` each.
 
