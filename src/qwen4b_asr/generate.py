@@ -53,6 +53,7 @@ class Generation:
         finish_reason: None while running, then ``stop`` (a stop token came) or ``length`` (the budget cut it off).
         prefill_seconds: Time to the first token.
         decode_seconds: Time for the rest.
+        decoder_passes: Passes of the decoder after the prefill.
 
     Raises:
         ValueError: If the prompt is empty or does not fit into the model's context with its budget.
@@ -73,6 +74,7 @@ class Generation:
         self.finish_reason: str | None = None
         self.prefill_seconds = 0.0
         self.decode_seconds = 0.0
+        self.decoder_passes = 0
         self._decoder = decoder
         self._options = options
         self._inputs = inputs_embeds
@@ -142,5 +144,6 @@ class Generation:
         return self._decoder.logits(hidden[:, -1])[0]
 
     def _step(self, token: mx.array, cache: list[KVCache]) -> mx.array:
+        self.decoder_passes += 1
         hidden = self._decoder.hidden(self._decoder.embed(token[None]), cache)
         return self._decoder.logits(hidden[:, -1])[0]

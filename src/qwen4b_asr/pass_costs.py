@@ -24,8 +24,11 @@ _ROW_COSTS = {
     ("gpu", "16 bits"): 0.05,
     ("gpu", "quantised"): 0.2,
 }
-# Part of the plain cost that drafts may waste altogether.
-_STAKE = 0.02
+# Rows that cost more save too little for the work of drafting.
+_WORTH_IT = 0.5
+# What drafts may waste altogether: a part of the plain cost, and this many passes more where the draft had the last
+# token right. A useless draft hardly ever has, and short texts have little to stake.
+_STAKE, _TRUST = 0.02, 0.5
 # Hits and misses that a belief starts with: of tokens after a hit, and of those after a miss.
 _AFTER_HIT, _AFTER_MISS = (6.0, 0.5), (1.0, 1.0)
 # How much of older evidence is left after one more token.
@@ -40,6 +43,11 @@ def row_cost(decoder: Qwen3) -> float:
     else:
         kind = "float32" if decoder.model.norm.weight.dtype == mx.float32 else "16 bits"
     return _ROW_COSTS[device, kind]
+
+
+def drafts_pay(decoder: Qwen3) -> bool:
+    """Tell whether verifying a good draft is faster than decoding by itself, with something to spare."""
+    return row_cost(decoder) < _WORTH_IT
 
 
 @dataclass
@@ -101,7 +109,7 @@ class Stakes:
             0 to take a plain step.
         """
         most = min(most, self.longest)
-        loss_allowed = _STAKE * max(done, self.tokens) - self.debt
+        loss_allowed = _STAKE * max(done, self.tokens) + _TRUST * self._hit - self.debt
         if self.row_cost > 0:
             most = min(most, int(loss_allowed / self.row_cost)) if loss_allowed > 0 else 0
         again = self.after_hit.value

@@ -124,6 +124,8 @@ class Recogniser(Listener):
         wrong = [name for name in _NOT_HERE if getattr(options, name) != getattr(defaults, name)]
         if options.task != defaults.task:
             wrong.append("task")
+        if options.draft is True:
+            wrong.append("draft")
         if options.decoder == "llm":
             wrong.append("decoder llm")
         if wrong:

@@ -47,7 +47,6 @@ class DraftedGeneration(Generation):
         **seams: Further arguments of `Generation`.
 
     Attributes:
-        decoder_passes: Passes of the decoder after the prefill.
         drafted: Tokens of the draft that passes have verified.
         accepted: How many of them were right.
 
@@ -73,7 +72,6 @@ class DraftedGeneration(Generation):
             )
         if not all(0 <= token < decoder.config.vocab_size for token in draft):
             raise ValueError(f"[DraftedGeneration] draft ids must lie in 0..{decoder.config.vocab_size - 1}")
-        self.decoder_passes = 0
         self.drafted = 0
         self.accepted = 0
         stops = set(options.stop_token_ids)
@@ -157,7 +155,6 @@ class DraftedGeneration(Generation):
 
     def _one(self, token: int, cache: list[KVCache]) -> mx.array:
         """Run one row; returns logits (V,)."""
-        self.decoder_passes += 1
         return self._step(mx.array([token]), cache)
 
     def _pass(self, tokens: Sequence[int], cache: list[KVCache]) -> mx.array:

@@ -15,18 +15,21 @@ import numpy.typing as npt
 
 from .audio import SAMPLE_RATE, Source, load_audio
 from .config import ModelConfig
-from .errors import PromptError
+from .draft import Drafter
+from .errors import ConfigError, PromptError
 from .generate import Generation, GenerationOptions
 from .listen import Listener, Stopwatch
 from .model import SpeechModel
 from .nano_adaptor import NanoAdaptorConfig
 from .nano_prompt import NanoPromptConfig
+from .pass_costs import drafts_pay
 from .pieces import PieceTable
 from .prompt import chat_prompt, spell
 from .prompt_rows import prompt_rows
 from .recognise import Recogniser
 from .sampling import SamplingOptions
 from .segment import split_at_pauses
+from .speculate import DraftedGeneration
 from .text import join_segments
 from .tokenizer import Tokenizer
 from .transcript import OnToken, Segment, TranscribeOptions, Transcript, Turn
@@ -51,6 +54,7 @@ class Transcriber(Listener):
         super().__init__(model, config)
         self.tokenizer = tokenizer
         self.pieces = pieces
+        self._drafter: Drafter | None = None
 
     def recogniser(self) -> Recogniser:
         """Return the CTC head of the same loaded model as a recogniser of its own.
@@ -122,7 +126,7 @@ class Transcriber(Listener):
         """
         waveform = load_audio(samples, sample_rate)
         options = TranscribeOptions(language=language, use_itn=use_itn)
-        return self._audio_embeddings(waveform, options, Stopwatch())
+        return self._audio_embeddings(waveform, options, Stopwatch())[0]
 
     def generate_text(self, prompt: str, max_tokens: int = 256) -> str:
         """Continue a text with the decoder alone, greedily, without processors.
@@ -173,6 +177,7 @@ class Transcriber(Listener):
         if options.translate:
             self._check_translation()
         tokens: list[int] = []
+        passes = drafted = accepted = 0
         segments: list[Segment] = []
         finish_reason = "stop"
         for first, last in split_at_pauses(samples, SAMPLE_RATE, options.segment_seconds):
@@ -180,6 +185,10 @@ class Transcriber(Listener):
             emit = None if on_token is None else _after(previous, on_token)
             generation, text = self._transcribe_segment(samples[first:last], options, emit, watch)
             tokens += generation.tokens
+            passes += generation.decoder_passes
+            if isinstance(generation, DraftedGeneration):
+                drafted += generation.drafted
+                accepted += generation.accepted
             segments.append(Segment(first / SAMPLE_RATE, last / SAMPLE_RATE, text))
             if generation.finish_reason == "length":
                 finish_reason = "length"
@@ -199,6 +208,9 @@ class Transcriber(Listener):
             finish_reason=finish_reason,
             model=self.config.name,
             translation=translation,
+            decoder_passes=passes,
+            drafted=drafted,
+            accepted=accepted,
         )
 
     def _transcribe_segment(
@@ -209,8 +221,11 @@ class Transcriber(Listener):
         watch: Stopwatch,
     ) -> tuple[Generation, str]:
         decoder = self.model.decoder
-        rows = self._prompt_rows(self._audio_embeddings(samples, options, watch)[0], options, watch)
-        generation = Generation(decoder, rows, self._generation_options(samples.size / SAMPLE_RATE, options))
+        embeddings, states = self._audio_embeddings(samples, options, watch)
+        rows = self._prompt_rows(embeddings[0], options, watch)
+        chosen = self._generation_options(samples.size / SAMPLE_RATE, options)
+        draft = self._draft(states, options, watch)
+        generation = DraftedGeneration(decoder, rows, chosen, draft) if draft else Generation(decoder, rows, chosen)
         text = self._run(generation, emit)
         watch.add("prefill", generation.prefill_seconds)
         watch.add("decode", generation.decode_seconds)
@@ -218,7 +233,8 @@ class Transcriber(Listener):
 
     def _audio_embeddings(
         self, samples: npt.NDArray[np.float32], options: TranscribeOptions, watch: Stopwatch
-    ) -> mx.array:
+    ) -> tuple[mx.array, mx.array]:
+        """Return the rows for the decoder (1, A, H), and the audio states (1, R, D) that they come from."""
         states = self.audio_states(samples, options.language, bool(options.use_itn), watch)
         with watch.stage("adaptor"):
             choice = {}
@@ -226,7 +242,37 @@ class Transcriber(Listener):
                 choice = {"low_frame_rate": options.low_frame_rate}
             embeddings: mx.array = self.model.adaptor(states[:, self.config.dropped_rows :], **choice)
             mx.eval(embeddings)
-        return embeddings
+        return embeddings, states
+
+    def _draft(self, states: mx.array, options: TranscribeOptions, watch: Stopwatch) -> list[int]:
+        """Return the CTC head's text of audio states (1, R, D) as token ids; none if there is to be no draft.
+
+        Raises:
+            PromptError: If a draft is asked for and the model cannot make one.
+        """
+        if options.draft is False:
+            return []
+        if options.draft == "auto":
+            # The CTC head writes what is said, in the language in which it is said.
+            likely = options.temperature == 0 and options.task == "transcribe" and drafts_pay(self.model.decoder)
+            if not likely or not self.config.ctc_size:
+                return []
+        try:
+            drafter = self._own_drafter()
+        except ConfigError as error:
+            if options.draft == "auto":
+                return []
+            raise PromptError(f"this model cannot make a draft: {error}") from error
+        with watch.stage("draft"):
+            return drafter(self.model.ctc_logits(states)[0])
+
+    def _own_drafter(self) -> Drafter:
+        if not self.config.ctc_size:
+            raise ConfigError("it has no CTC head")
+        if self._drafter is None:
+            decode, encode = self.recogniser().decode, self.tokenizer.encode
+            self._drafter = Drafter(decode, encode, self.model.decoder.config.vocab_size, self.config.ctc_symbols)
+        return self._drafter
 
     def _prompt_rows(self, audio: mx.array, options: TranscribeOptions, watch: Stopwatch) -> mx.array:
         """Put audio rows (A, H) into the model's prompt: (S, H)."""
@@ -237,7 +283,7 @@ class Transcriber(Listener):
 
     def _heard(self, turn: Turn, options: TranscribeOptions, watch: Stopwatch) -> mx.array:
         """Return the audio rows (A, H) of an earlier turn."""
-        return self._audio_embeddings(load_audio(turn.source, turn.sample_rate), options, watch)[0]
+        return self._audio_embeddings(load_audio(turn.source, turn.sample_rate), options, watch)[0][0]
 
     def _generation_options(self, duration_seconds: float, options: TranscribeOptions) -> GenerationOptions:
         defaults = self.config.generation

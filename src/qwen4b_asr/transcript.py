@@ -54,6 +54,8 @@ class TranscribeOptions:
         repetition_penalty: See `sampling.SamplingOptions`.
         no_repeat_ngram: See `sampling.SamplingOptions`.
         seed: Seed of the draws.
+        draft: Let the language model verify the CTC head's text, many tokens at a time, rather than write it token by
+            token; the result is the same. True, False, or ``auto``: wherever it can be done and is likely to save time.
         segment_seconds: Longest window; longer recordings are cut at their quietest points.
     """
 
@@ -74,6 +76,7 @@ class TranscribeOptions:
     repetition_penalty: float | None = None
     no_repeat_ngram: int | None = None
     seed: int | None = None
+    draft: bool | str = "auto"
     segment_seconds: float = 30.0
 
     def __post_init__(self) -> None:
@@ -85,6 +88,10 @@ class TranscribeOptions:
             raise ValueError(f"[TranscribeOptions] beam_size must be at least 1 but got {self.beam_size}")
         if self.max_tokens is not None and self.max_tokens < 1:
             raise ValueError(f"[TranscribeOptions] max_tokens must be at least 1 but got {self.max_tokens}")
+        if self.draft not in (True, False, "auto"):
+            raise ValueError(f"[TranscribeOptions] draft must be True, False or 'auto' but got {self.draft!r}")
+        if self.draft is True and self.temperature > 0:
+            raise PromptError("a draft is for greedy decoding: set temperature to 0, or ask for no draft")
 
     @classmethod
     def of(cls, options: dict[str, Any]) -> TranscribeOptions:
@@ -135,6 +142,9 @@ class Transcript:
         emotion: How it was said, where the model tells: neutral, happy, sad, angry, ...
         events: What else was heard, where the model tells: speech, bgm, laughter, ...
         words: Words with their times, from a CTC head.
+        decoder_passes: Passes of the language model after it has read the prompts.
+        drafted: Tokens of drafts that passes have verified.
+        accepted: How many of them were right.
     """
 
     text: str
@@ -149,6 +159,9 @@ class Transcript:
     emotion: str | None = None
     events: tuple[str, ...] = ()
     words: tuple[Word, ...] = ()
+    decoder_passes: int = 0
+    drafted: int = 0
+    accepted: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""

@@ -6,6 +6,7 @@ import argparse
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -153,18 +154,23 @@ class _Job:
         from ._progress import byte_progress
 
         adapters = dict(self.options.adapter or ())
-        return load(
-            self.options.model,
-            dtype=self.options.dtype,
-            lora=self.options.lora,
-            adapters=adapters,
-            progress=byte_progress,
-        )
+        with warnings.catch_warnings(record=True) as caught:
+            loaded = load(
+                self.options.model,
+                dtype=self.options.dtype,
+                lora=self.options.lora,
+                adapters=adapters,
+                memory_limit=self.options.memory_limit,
+                progress=byte_progress,
+            )
+        for warning in caught if not self.options.quiet else ():
+            self.say(f"warning: {warning.message}")
+        return loaded
 
     def transcribe(self, file: str, samples: Any, seconds: float) -> dict[str, Any]:
         assert self.transcriber is not None
         self.progress.show(_shown(file))
-        names = ("language", "prompt_profile", "task", "max_tokens", "decoder", "low_frame_rate")
+        names = ("language", "prompt_profile", "task", "max_tokens", "decoder", "low_frame_rate", "draft")
         chosen = {name: getattr(self.options, name) for name in names}
         chosen["translate"] = self.options.translate or None
         chosen |= {"use_itn": self.options.itn, "hotwords": self.options.hotword}

@@ -9,6 +9,7 @@ from pathlib import Path
 from ..text import FORMATS
 from ..version import __version__
 from ._terminal import PROGRAM
+from .convert import byte_count
 
 MODEL_VARIABLE = "QWEN4B_ASR_MODEL"
 
@@ -19,13 +20,15 @@ output:
   one file       its text; with --translate, the translation on a line of its own
   several files  one line each: path, tab, text; with --translate, tab, translation
   --format json  one line per file: an object with file, text, tokens, language, duration_seconds, segments, timings,
-                 finish_reason, model, and emotion, events and words where the model tells them
+                 finish_reason, model, decoder_passes, drafted, accepted, and emotion, events and words where the
+                 model tells them
   --output-dir   DIR/STEM.txt or DIR/STEM.json; a second input of the same stem gets STEM-2
 
 other commands (--help after each):
   {PROGRAM} models     list the models that are known: what is here, sizes, licences
   {PROGRAM} download   fetch a model by name and make it ready
   {PROGRAM} info       parameters, sizes and types of a model
+  {PROGRAM} plan       memory that a model needs, and what quantisation saves
   {PROGRAM} convert    build a model directory from a published checkpoint
   {PROGRAM} verify     check a model directory
   {PROGRAM} train      train the demonstration model
@@ -101,10 +104,23 @@ def build_parser() -> argparse.ArgumentParser:
         "--max-tokens", type=_positive, metavar="N", help="budget per utterance (default: grows with its duration)"
     )
     parser.add_argument(
+        "--draft",
+        action=argparse.BooleanOptionalAction,
+        help="let the language model verify the CTC head's text rather than write it token by token: the same text, "
+        "sooner (default: wherever it can be done and is likely to save time)",
+    )
+    parser.add_argument(
         "--dtype",
         choices=("auto", "float32", "bfloat16"),
         default="auto",
         help="of the decoder (default: auto, float32 on a CPU, bfloat16 on a GPU)",
+    )
+    parser.add_argument(
+        "--memory-limit",
+        type=byte_count,
+        metavar="SIZE",
+        help="refuse a model that would take more, such as 12G or 500M, before loading it (default: what the machine "
+        f"has; `{PROGRAM} plan` shows what a model takes)",
     )
     parser.add_argument(
         "--lora",
