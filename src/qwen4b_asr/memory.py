@@ -8,7 +8,7 @@ Shapes: B batch, R audio rows, S prompt rows, C rows of a prefill pass, H heads,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from .adaptor import AdaptorConfig
@@ -41,13 +41,14 @@ _LOGIT_ARRAYS = 8
 _CTC_ARRAYS = 4
 _IMAGE_ARRAYS = 5  # of the strided convolutions' input, unfolded windows included
 
-FORMS: tuple[tuple[str, Mapping[str, int]], ...] = (
+# Quantisations that are advised: the recipe, and bits for other parts.
+_FORMS: tuple[tuple[str, Mapping[str, int]], ...] = (
     ("8", {}),
     ("6", {}),
     ("4", {}),
     ("4", {"encoder": 8, "adaptor": 8}),
+    ("4", {"encoder": 4, "adaptor": 4}),
 )
-"""Quantisations that are advised, the one that loses least first: the recipe, and bits for other parts."""
 
 
 @dataclass(frozen=True)
@@ -214,44 +215,46 @@ def dense(config: ModelConfig) -> ModelConfig:
     return replace(config, decoder=decoder, quantized_stages={})
 
 
-def quantised(config: ModelConfig, recipe: str, parts: Mapping[str, int]) -> ModelConfig | None:
-    """Return the configuration of the same model under a form of `FORMS`; None if it has nothing to quantise so."""
+def smaller_forms(config: ModelConfig) -> Iterator[tuple[str, ModelConfig]]:
+    """Yield the advised quantisations of a model, the one that loses least first.
+
+    Yields:
+        The options of ``qwen4b-asr convert`` that make it, and its configuration.
+    """
+    config, seen = dense(config), set()
     have = {"encoder": config.encoder, "adaptor": config.adaptor}
-    bits = {part: count for part, count in parts.items() if have[part] is not None}
-    try:
-        return quantized_config(dense(config), read_recipe(recipe if config.decoder is not None else None, **bits))
-    except ConfigError:  # too small for any group, or a part without layers
-        return None
-
-
-def form_options(recipe: str, parts: Mapping[str, int], *, decoder: bool = True) -> str:
-    """Return the options of ``qwen4b-asr convert`` for a form of `FORMS`."""
-    words = [f"--quantize {recipe}"] if decoder else []
-    return " ".join([*words, *(f"--quantize-{part} {bits}" for part, bits in parts.items())])
+    for recipe, bits in _FORMS:
+        name = recipe if config.decoder is not None else None
+        parts = {part: count for part, count in bits.items() if have[part] is not None}
+        options = [f"--quantize {name}"] if name else []
+        options += [f"--quantize-{part} {count}" for part, count in parts.items()]
+        words = " ".join(options)
+        if not words or words in seen:
+            continue
+        seen.add(words)
+        try:
+            yield words, quantized_config(config, read_recipe(name, **parts))
+        except ConfigError:  # a part that is too small for any group
+            continue
 
 
 def advise(config: ModelConfig, plan: Plan, limit: int, work: Work | None = None, *, model: str = "MODEL") -> str:
     """Say which quantisation of a model fits into so many bytes, and how to make it."""
-    smallest: Plan | None = None
-    for recipe, parts in FORMS:
-        form = quantised(config, recipe, parts)
-        if form is None:
-            continue
-        own = {part: bits for part, bits in parts.items() if form.quantization(part) is not None}
+    totals = []
+    for options, form in smaller_forms(config):
         small = plan_memory(form, plan.dtype, work, reserve=plan.reserve)
         if small.weight_bytes >= plan.weight_bytes:  # it is quantised further already
             continue
         if small.total <= limit:
-            options = form_options(recipe, own, decoder=config.decoder is not None)
-            from_what = model if config == dense(config) else "WHAT_IT_WAS_MADE_FROM"
+            source = model if config == dense(config) else "WHAT_IT_WAS_MADE_FROM"
             return (
                 f"with {options} it needs {size_text(small.total)}: "
-                f"qwen4b-asr convert --checkpoint {from_what} {options} --output SMALLER"
+                f"qwen4b-asr convert --checkpoint {source} {options} --output SMALLER"
             )
-        smallest = small if smallest is None or small.total < smallest.total else smallest
-    if smallest is None:
+        totals.append(small.total)
+    if not totals:
         return "no quantisation makes it smaller"
-    return f"no quantisation fits: the smallest needs {size_text(smallest.total)}"
+    return f"no quantisation fits: the smallest needs {size_text(min(totals))}"
 
 
 def require_room(

@@ -34,6 +34,7 @@ ROOMS = [
             "byte_pieces",
             "rich",
             "joined",
+            "prefix",
             "lora",
             "quantization",
             "machine",
@@ -91,6 +92,7 @@ ROOMS = [
                 "convert",
                 "verify",
                 "obtain",
+                "expected",
             )
         ],
     ),

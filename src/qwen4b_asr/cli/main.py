@@ -11,7 +11,7 @@ from types import ModuleType
 from ..errors import AsrError, PromptError
 from ._terminal import PROGRAM, OutputError, complain, discard_stdout, load_blas, unexpected
 
-COMMANDS = ("download", "models", "info", "convert", "verify", "train", "doctor")
+COMMANDS = ("download", "models", "info", "plan", "convert", "verify", "train", "doctor")
 """Modules beside this one with `add_arguments(parser)` and `run(args) -> int`, called by the first word; a recording
 of such a name is given as ./convert."""
 
@@ -72,6 +72,10 @@ def _command(name: str) -> ModuleType:
         from . import info
 
         return info
+    if name == "plan":
+        from . import plan
+
+        return plan
     if name == "convert":
         from . import convert
 
