@@ -123,7 +123,7 @@ def _decoder(sizes: Sizes) -> DecoderConfig:
     queries = sizes.get(f"{layer}.self_attn.q_proj{'.base_layer' if adapted else ''}.weight", 0, 2)
     told = {
         "vocab_size": sizes.get("decoder.model.embed_tokens.weight", 0, 2),
-        "hidden_size": sizes.get("decoder.model.embed_tokens.weight", 1, 2),
+        "hidden_size": sizes.get("decoder.model.norm.weight", 0, 1),  # of a quantised table the width is not its
         "intermediate_size": sizes.get(f"{layer}.mlp.gate_proj.weight", 0, 2),
         "num_hidden_layers": sizes.count(r"decoder\.model\.layers\.(\d+)\..*"),
         "num_attention_heads": queries // head_dim,

@@ -30,6 +30,7 @@ from .load import check_names_and_shapes, parameter_shapes
 from .nano import read_nano
 from .pairing import family
 from .parts import MVN_FILE, checked_tokenizer, mvn_vectors, sanm_fingerprint, stop_tokens, weights_file
+from .quantized import settled_decoder
 from .safetensors_file import read_safetensors_directory
 
 LORA = ("keep", "merge")
@@ -102,15 +103,16 @@ def _plan_sensevoice(directory: Path, refs: Tensors, _: Path | None, __: str) ->
 
 
 def _plan_nano(directory: Path, refs: Tensors, tokenizer: Path | None, _: str) -> Conversion:
-    check_floats(refs)
     found = read_nano(directory, llm=tokenizer)
+    settings = read_json_object(directory / CONFIG_FILE) if (directory / CONFIG_FILE).is_file() else {}
+    decoder = settled_decoder(found.decoder, found.tensors, settings, keymap=found.keymap, file=str(found.file))
     tokens = checked_tokenizer(found.llm / TOKENIZER_FILE, found.decoder.vocab_size)
     try:
         config = ModelConfig(
             frontend=found.frontend,
             encoder=found.encoder,
             adaptor=found.adaptor,
-            decoder=found.decoder,
+            decoder=decoder,
             ctc=found.ctc,
             prompt=found.prompt,
             generation=replace(_PLAIN_GREEDY, stop_token_ids=stop_tokens(found.llm, tokens)),
@@ -124,8 +126,6 @@ def _plan_nano(directory: Path, refs: Tensors, tokenizer: Path | None, _: str) -
 
 
 def _plan_canary(directory: Path, refs: Tensors, tokenizer: Path | None, lora: str) -> Conversion:
-    # The counters of batch norm's training batches are integers; the key map drops them.
-    check_floats({name: ref for name, ref in refs.items() if not name.endswith(".num_batches_tracked")})
     file, keymap = str(directory), load_keymap("canary")
     settings = read_json_object(directory / CONFIG_FILE) if (directory / CONFIG_FILE).is_file() else {}
     adapter = settings.get("lora") or {}
@@ -133,6 +133,7 @@ def _plan_canary(directory: Path, refs: Tensors, tokenizer: Path | None, lora: s
         refs = merged_tensors(refs, adapter, file=file)
     parts = canary_configs(shapes_of(refs), settings, file=file)
     decoder = replace(parts.decoder, lora=checkpoint_adapter(refs, adapter, file=file))
+    decoder = settled_decoder(decoder, refs, settings, keymap=keymap, file=file)
     llm = _tokenizer_folder(directory, tokenizer)
     tokens = checked_tokenizer(llm / TOKENIZER_FILE, decoder.vocab_size)
     ends = tuple(t for name in ("<|im_end|>", "<|endoftext|>") if (t := tokens.token_id(name)) is not None)

@@ -19,9 +19,10 @@ from ..decoder import DecoderConfig, Qwen3
 from ..errors import CheckpointError
 from ..quantization import Quantization, Scheme, quantizable
 from .keymap import KeyMap, Shape
-from .tensors import FLOAT_DTYPES, dtype_name
+from .tensors import FLOAT_DTYPES, TensorRef, dtype_name
 
 _CODES = ("weight", "scales", "biases")
+_DECODER = "decoder."
 
 
 def decoder_quantization(
@@ -70,6 +71,56 @@ def decoder_quantization(
         )
     exceptions = {path: scheme for path, scheme in found.items() if scheme != declared.default}
     return replace(config, quantization=Quantization(declared.default, exceptions))
+
+
+def settled_decoder(
+    config: DecoderConfig, refs: Mapping[str, TensorRef], settings: Mapping[str, Any], *, keymap: KeyMap, file: str
+) -> DecoderConfig:
+    """Settle how the language model within a whole checkpoint is quantised; the other parts must not be.
+
+    Args:
+        config: The decoder, in which the settings beside the language model may have said it already.
+        refs: The checkpoint's tensors.
+        settings: The checkpoint's own ``config.json``, whose ``quantization`` names modules by their whole paths.
+        keymap: Which parameter of the whole model each tensor fills.
+        file: The checkpoint, for messages.
+
+    Returns:
+        The configuration with every exception named.
+
+    Raises:
+        CheckpointError: If another part is quantised, or the settings are wrong.
+    """
+    shapes = {name: ref.shape for name, ref in refs.items()}
+    renamed = keymap.rename(shapes)
+    others = {name for target, names in renamed.items() if target and not target.startswith(_DECODER) for name in names}
+    for name in sorted(others):
+        if refs[name].dtype not in FLOAT_DTYPES:
+            raise CheckpointError(
+                f"{refs[name].file}: tensor {name!r} is {refs[name].dtype}, but all weights but the language model's "
+                "are floating point"
+            )
+    entry = settings.get("quantization") or settings.get("quantization_config")
+    if config.quantization is None and entry is not None:
+        if not isinstance(entry, Mapping):
+            raise CheckpointError(f"{file}: config.json's 'quantization' must be an object but is {entry!r}")
+        try:
+            declared = Quantization.from_mlx(entry)
+        except ValueError as error:
+            raise CheckpointError(f"{file}: config.json's 'quantization': {error}") from error
+        config = replace(config, quantization=_within_decoder(declared, keymap))
+    return decoder_quantization(config, shapes, keymap=keymap, file=file, prefix=_DECODER)
+
+
+def _within_decoder(declared: Quantization, keymap: KeyMap) -> Quantization:
+    """Give overrides the decoder's own paths, and leave out those of other parts and of a head that is tied."""
+    overrides = {}
+    for path, scheme in declared.overrides.items():
+        (target,) = keymap.rename({f"{path}.weight": ()}) or ("",)
+        if target.startswith(_DECODER):
+            inside = target.removeprefix(_DECODER).removesuffix(".weight")
+            overrides[inside.removesuffix(".base_layer")] = scheme
+    return replace(declared, overrides=overrides)
 
 
 def _scheme(
