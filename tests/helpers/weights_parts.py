@@ -23,11 +23,11 @@ NAMINGS = ("torch", "split", "split_ffn", "split_bare", "blocks", "blocks_attn")
 PART_CONFIG = replace(CONFIG, name=ModelConfig().name)
 
 
-def random_parameters(config: ModelConfig = CONFIG, seed: int = 0) -> Arrays:
+def random_parameters(config: ModelConfig = CONFIG, seed: int = 0, scale: float = 1.0) -> Arrays:
     """Values for every parameter of the model, as a converted directory should hold them."""
     shapes = parameter_shapes(SpeechModel(config))
     rng = np.random.default_rng(seed)
-    return {name: mx.array(rng.standard_normal(shape, np.float32)) for name, shape in shapes.items()}
+    return {name: mx.array(scale * rng.standard_normal(shape, np.float32)) for name, shape in shapes.items()}
 
 
 def encoder_tensors(parameters: Arrays) -> Arrays:
@@ -131,9 +131,10 @@ def write_parts(
     shards: bool = True,
     lm_head: bool = False,
     seed: int = 0,
+    scale: float = 1.0,
 ) -> Parts:
     """Write the parts of a tiny model with random weights."""
-    parameters = random_parameters(config, seed)
+    parameters = random_parameters(config, seed, scale)
     encoder, llm = folder / "sensevoice", folder / "qwen3"
     encoder.mkdir(parents=True)
     llm.mkdir()

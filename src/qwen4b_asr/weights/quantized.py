@@ -101,7 +101,7 @@ def settled_decoder(
                 "are floating point"
             )
     entry = settings.get("quantization") or settings.get("quantization_config")
-    if config.quantization is None and entry is not None:
+    if config.quantization is None and entry:
         if not isinstance(entry, Mapping):
             raise CheckpointError(f"{file}: config.json's 'quantization' must be an object but is {entry!r}")
         try:
