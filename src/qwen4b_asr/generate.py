@@ -6,14 +6,18 @@ Shapes: S prompt rows, H decoder width, V vocabulary.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import mlx.core as mx
 
-from .cache import KVCache
+from .cache import KVCache, QuantizedKVCache
 from .decoder import Qwen3
+from .prefix import PrefixCache
 from .sampling import GreedyChain, Sampler, SamplingOptions
+
+# Tokens for which there is room from the start, if the budget is that large.
+_LIKELY_TOKENS = 1024
 
 
 @dataclass(frozen=True)
@@ -25,12 +29,14 @@ class GenerationOptions:
         stop_token_ids: Tokens that end the text; they are not part of it.
         sampling: How each token is chosen.
         prefill_chunk: Prompt rows per pass, which bounds the memory of long prompts.
+        kv_bits: Keep keys and values quantised, in 8 or 4 bits; None keeps them as they are.
     """
 
     max_tokens: int
     stop_token_ids: tuple[int, ...]
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
     prefill_chunk: int = 512
+    kv_bits: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
@@ -38,6 +44,8 @@ class GenerationOptions:
             raise ValueError(f"[GenerationOptions] max_tokens must be at least 1 but got {self.max_tokens}")
         if self.prefill_chunk < 1:
             raise ValueError(f"[GenerationOptions] prefill_chunk must be at least 1 but got {self.prefill_chunk}")
+        if self.kv_bits not in (None, 4, 8):
+            raise ValueError(f"[GenerationOptions] kv_bits must be 4, 8 or None but got {self.kv_bits}")
 
 
 class Generation:
@@ -47,6 +55,8 @@ class Generation:
         decoder: The language model.
         inputs_embeds: Prompt rows (S, H), S ≥ 1.
         options: When to stop and how to choose.
+        prefix: Token ids of the text that the prompt begins with.
+        prefixes: Where its keys and values are kept for the next prompt; without, they are computed with the rest.
 
     Attributes:
         tokens: The ids so far.
@@ -59,7 +69,15 @@ class Generation:
         ValueError: If the prompt is empty or does not fit into the model's context with its budget.
     """
 
-    def __init__(self, decoder: Qwen3, inputs_embeds: mx.array, options: GenerationOptions) -> None:
+    def __init__(
+        self,
+        decoder: Qwen3,
+        inputs_embeds: mx.array,
+        options: GenerationOptions,
+        *,
+        prefix: Sequence[int] = (),
+        prefixes: PrefixCache | None = None,
+    ) -> None:
         if inputs_embeds.ndim != 2 or inputs_embeds.shape[0] == 0:
             raise ValueError(
                 f"[Generation] inputs_embeds must have shape (S, H), S >= 1, but got {inputs_embeds.shape}"
@@ -78,6 +96,8 @@ class Generation:
         self._decoder = decoder
         self._options = options
         self._inputs = inputs_embeds
+        self._prefix = tuple(prefix)
+        self._prefixes = prefixes
 
     def __iter__(self) -> Iterator[int]:
         """Yield token ids until a stop token or the budget; can be done once."""
@@ -132,16 +152,40 @@ class Generation:
         yield int(token)
 
     def _empty_cache(self) -> list[KVCache]:
-        return [KVCache() for _ in self._decoder.model.layers]
+        # What the budget may need is there from the start, so that no step moves keys and values; a budget that is
+        # out of all proportion would take memory for nothing.
+        step = KVCache().step
+        capacity = self._inputs.shape[0] + min(self._options.max_tokens, _LIKELY_TOKENS)
+        bits, layers = self._options.kv_bits, self._decoder.model.layers
+        if bits is None:
+            return [KVCache(step, capacity) for _ in layers]
+        return [QuantizedKVCache(bits, step, capacity) for _ in layers]
 
     def _prefill(self, cache: list[KVCache]) -> mx.array:
         size = self._options.prefill_chunk
         rows = self._inputs.shape[0]
         hidden = self._inputs[None, :0]
-        for first in range(0, rows, size):
+        for first in range(self._known_rows(cache), rows, size):
             hidden = self._decoder.hidden(self._inputs[None, first : first + size], cache)
             mx.eval(hidden, [layer.state for layer in cache])
         return self._decoder.logits(hidden[:, -1])[0]
+
+    def _known_rows(self, cache: list[KVCache]) -> int:
+        """Fill empty caches with the rows of the prompt's beginning that need not be computed; return how many."""
+        count = len(self._prefix)
+        # Rows that see codes are others than those that see numbers, so there nothing is kept.
+        if self._prefixes is None or self._options.kv_bits or not 0 < count < self._inputs.shape[0]:
+            return 0
+        known = self._prefixes.get(self._prefix)
+        if known is None:
+            own = [KVCache(step=count) for _ in cache]
+            self._decoder.hidden(self._inputs[None, :count], own)
+            known = [(layer.state[0], layer.state[1]) for layer in own]
+            mx.eval(known)
+            self._prefixes.put(self._prefix, known)
+        for layer, (keys, values) in zip(cache, known, strict=True):
+            layer.update(keys, values)
+        return count
 
     def _step(self, token: mx.array, cache: list[KVCache]) -> mx.array:
         self.decoder_passes += 1

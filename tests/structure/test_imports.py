@@ -66,6 +66,7 @@ ROOMS = [
             "model",
             "generate",
             "batch_generate",
+            "batch_audio",
             "transcript",
             "rich_decoding",
             "listen",
