@@ -177,8 +177,11 @@ def compare_directories(
         CheckpointError: If one of them cannot be read.
         ConfigError: If they are not the same model.
     """
-    plans = (plan_checkpoint(Path(path).expanduser()) for path in (original, directory))
-    return compare(*plans, on_progress=on_progress)
+    directory, original = (Path(path).expanduser() for path in (directory, original))
+    # Canary-Qwen is published without its tokenizer.
+    lacking = original.is_dir() and not any(original.rglob(TOKENIZER_FILE))
+    old = plan_checkpoint(original, directory if lacking else None)
+    return compare(old, plan_checkpoint(directory), on_progress=on_progress)
 
 
 def compare(original: Conversion, quantised: Conversion, *, on_progress: Progress | None = None) -> Fidelity:

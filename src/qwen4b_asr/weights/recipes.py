@@ -256,7 +256,10 @@ def _apply(rules: Sequence[Rule], modules: Mapping[str, nn.Module], what: str) -
         found[path] = None if scheme is None else _fitting(scheme, module.weight.shape[1])
     counts = Counter(scheme for scheme in found.values() if scheme is not None)
     if not counts:
-        raise ConfigError(f"{what}: the recipe quantises none of its {len(modules)} matrices; try --group-size 32")
+        raise ConfigError(
+            f"{what}: the recipe quantises none of its {len(modules)} matrices: no rule names one, or no group divides "
+            "its rows"
+        )
     default = counts.most_common(1)[0][0]
     return Quantization(default, {path: scheme for path, scheme in found.items() if scheme != default})
 
