@@ -308,13 +308,14 @@ def _hidden(
 
 
 def _text_ids(tokens: Tokenizer, vocab_size: int) -> list[int]:
-    """The ids of the text, as many as are compared; a vocabulary that cannot spell it gets some of its own tokens."""
+    """The ids of the text, as many as are compared; a vocabulary that cannot spell it gets tokens of its own."""
     try:
-        ids = list(tokens.encode(_TEXT))
+        ids = [i for i in tokens.encode(_TEXT) if i < vocab_size][:_POSITIONS]
     except AsrError:
         ids = []
-    ids += [(7919 * number + 13) % vocab_size for number in range(max(0, _POSITIONS - len(ids)))]
-    return ids[:_POSITIONS]
+    if len(ids) == _POSITIONS and len(set(ids)) >= _POSITIONS // 4:
+        return ids
+    return [(7919 * number + 13) % vocab_size for number in range(_POSITIONS)]
 
 
 def _log_probabilities(weights: StoredWeights, hidden: mx.array, config: DecoderConfig) -> mx.array:
