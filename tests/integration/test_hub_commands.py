@@ -92,6 +92,31 @@ def test_a_name_is_fetched_converted_and_then_found_without_a_network(server, ca
     assert (made / "provenance.json").stat().st_ino != before
 
 
+def test_a_quantised_one_stands_beside_it_under_its_own_name(server, capsys, tmp_path, monkeypatch):
+    words = ("download", "funasr-qwen4b", "--quantize", "4", "--group-size", "32")
+    status, out, err = run(capsys, *words)
+    made = tmp_path / "models" / "funasr-qwen4b-4-g32"
+    assert (status, out) == (0, f"{made}\n")
+    assert f"{made}: KL divergence mean 0." in err
+    assert find_model("funasr-qwen4b-4-g32") == made
+    assert run(capsys, "verify", str(made))[0] == 0
+    with pytest.raises(ModelNotFoundError):
+        find_model("funasr-qwen4b")
+    asked = len(server.requests)
+    status, out, err = run(capsys, *words)  # it is there: nothing is fetched, made or compared
+    assert (status, out, err) == (0, f"{made}\n", "")
+    assert run(capsys, "download", "funasr-qwen4b")[1] == f"{tmp_path / 'models' / 'funasr-qwen4b'}\n"
+    assert len(server.requests) == asked
+    assert find_model("funasr-qwen4b") != made
+    for bad, said in (
+        (("funasr-qwen4b", "--quantize", "4", "--no-convert"), "not with --no-convert"),
+        (("ann/spoken-numbers", "--quantize", "4"), "is not converted here, so it cannot be quantised"),
+    ):
+        status, _, err = run(capsys, "download", *bad)
+        assert status != 0
+        assert said in err
+
+
 def test_output_makes_it_elsewhere_and_replaces_only_by_force(server, capsys, tmp_path):
     words = ("download", "funasr-qwen4b", "--output", str(tmp_path / "here"))
     assert run(capsys, *words)[:2] == (0, f"{tmp_path / 'here'}\n")
