@@ -120,7 +120,7 @@ def test_a_draft_may_end_in_stop_tokens_or_hold_them() -> None:
     truth = list(Generation(model, prompt, GenerationOptions(20, (), SamplingOptions(no_repeat_ngram=1))))
     chosen = GenerationOptions(30, (truth[12], 3), SamplingOptions(no_repeat_ngram=1))
     stop = next(i for i, token in enumerate(truth) if token in (truth[12], 3))
-    for draft in (truth, truth[:stop] + [3, 3], [3] + truth):
+    for draft in (truth, [*truth[:stop], 3, 3], [3, *truth]):
         drafted = DraftedGeneration(model, prompt, chosen, draft, stakes=Stakes(0.0, 30))
         assert list(drafted) == truth[:stop]
         assert drafted.finish_reason == "stop"
