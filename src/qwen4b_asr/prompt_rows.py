@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import mlx.core as mx
 
 from .errors import PromptError
-from .nano_prompt import NanoPromptConfig, NanoTurn, instruction, nano_rows
+from .nano_prompt import NanoPromptConfig, NanoTurn, instruction, nano_prompt, nano_rows
 from .prompt import PromptConfig, prompt_pieces, splice
 from .transcript import TranscribeOptions
 
@@ -48,9 +48,7 @@ def prompt_rows(
             raise PromptError(f"this model has no prompt profile {options.prompt_profile!r}; it has its own")
         if options.task != "transcribe":
             raise PromptError(f"this model cannot {options.task}")
-        request = instruction(
-            config, hotwords=options.hotwords, language=options.language, use_itn=options.use_itn is not False
-        )
+        request = _request(config, options)
         turns = [NanoTurn(text, rows) for text, rows in history]
         return nano_rows(config, request, audio, spell=spell, embed=embed, history=turns)
     if config is None:
@@ -60,3 +58,24 @@ def prompt_rows(
             raise PromptError(f"this model's prompt has no place for {name}; Fun-ASR-Nano's has")
     before, after = prompt_pieces(config, options.prompt_profile, options.task)
     return splice(spell(before), audio, spell(after), embed)
+
+
+def leading_ids(
+    config: PromptConfig | NanoPromptConfig | None, options: TranscribeOptions, *, spell: Spell
+) -> list[int]:
+    """Return the token ids of the text with which a prompt begins, the same for every recording.
+
+    None after earlier turns, with which no two prompts begin alike. Arguments as in `prompt_rows`, which has accepted
+    them.
+    """
+    if config is None or options.history:
+        return []
+    if isinstance(config, NanoPromptConfig):
+        return spell(nano_prompt(config, _request(config, options))[0] or "")
+    return spell(prompt_pieces(config, options.prompt_profile, options.task)[0])
+
+
+def _request(config: NanoPromptConfig, options: TranscribeOptions) -> str:
+    return instruction(
+        config, hotwords=options.hotwords, language=options.language, use_itn=options.use_itn is not False
+    )

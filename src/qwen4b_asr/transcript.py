@@ -57,6 +57,7 @@ class TranscribeOptions:
         draft: Let the language model verify the CTC head's text, many tokens at a time, rather than write it token by
             token; the result is the same. True, False, or ``auto``: wherever it can be done and is likely to save time.
         segment_seconds: Longest window; longer recordings are cut at their quietest points.
+        kv_bits: Keep the language model's keys and values in 8 or 4 bits, to save memory; None keeps them as they are.
     """
 
     language: str = "auto"
@@ -78,6 +79,7 @@ class TranscribeOptions:
     seed: int | None = None
     draft: bool | str = "auto"
     segment_seconds: float = 30.0
+    kv_bits: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("hotwords", "history"):
@@ -86,6 +88,8 @@ class TranscribeOptions:
             raise PromptError(f"unknown decoder {self.decoder!r}; choose one of {', '.join(DECODERS)}")
         if self.beam_size < 1:
             raise ValueError(f"[TranscribeOptions] beam_size must be at least 1 but got {self.beam_size}")
+        if self.kv_bits not in (None, 4, 8):
+            raise ValueError(f"[TranscribeOptions] kv_bits must be 4, 8 or None but got {self.kv_bits}")
         if self.max_tokens is not None and self.max_tokens < 1:
             raise ValueError(f"[TranscribeOptions] max_tokens must be at least 1 but got {self.max_tokens}")
         if self.draft not in (True, False, "auto"):
