@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import mlx.core as mx
+from mlx.utils import tree_flatten
 
 from .decoder import Qwen3
 
@@ -24,6 +25,13 @@ _ROW_COSTS = {
     ("gpu", "16 bits"): 0.05,
     ("gpu", "quantised"): 0.2,
 }
+# By type of a matrix: its form, and the weights in each element; codes are mostly of 4 bits, their scales few.
+_FORMS = {
+    mx.float32: ("float32", 1),
+    mx.float16: ("16 bits", 1),
+    mx.bfloat16: ("16 bits", 1),
+    mx.uint32: ("quantised", 8),
+}
 # Rows that cost more save too little for the work of drafting.
 _WORTH_IT = 0.5
 # What drafts may waste altogether: a part of the plain cost, and this many passes more where the draft had the last
@@ -36,13 +44,18 @@ _MEMORY = 0.96
 
 
 def row_cost(decoder: Qwen3) -> float:
-    """Return the cost of each further row of a pass on the default device, in passes of one row."""
+    """Return the cost of each further row of a pass on the default device, in passes of one row.
+
+    Of matrices in several forms it is the mean, by their sizes.
+    """
     device = "gpu" if mx.default_device().type == mx.DeviceType.gpu else "cpu"
-    if decoder.config.quantization is not None:
-        kind = "quantised"
-    else:
-        kind = "float32" if decoder.model.norm.weight.dtype == mx.float32 else "16 bits"
-    return _ROW_COSTS[device, kind]
+    sizes: dict[str, int] = {}
+    weights: list[tuple[str, mx.array]] = tree_flatten(decoder.parameters())  # type: ignore[assignment]
+    for _, weight in weights:
+        if weight.ndim == 2 and weight.dtype in _FORMS:
+            form, elements = _FORMS[weight.dtype]
+            sizes[form] = sizes.get(form, 0) + elements * weight.size
+    return sum(_ROW_COSTS[device, form] * size for form, size in sizes.items()) / max(1, sum(sizes.values()))
 
 
 def drafts_pay(decoder: Qwen3) -> bool:

@@ -51,8 +51,8 @@ class DraftedGeneration(Generation):
         accepted: How many of them were right.
 
     Raises:
-        ValueError: If the temperature is not 0, the draft has an id outside the vocabulary, or for `Generation`'s
-            reasons.
+        ValueError: If the temperature is not 0, keys and values are kept in codes, the draft has an id outside the
+            vocabulary, or for `Generation`'s reasons.
     """
 
     def __init__(
@@ -70,6 +70,9 @@ class DraftedGeneration(Generation):
             raise ValueError(
                 f"[DraftedGeneration] temperature must be 0 with a draft but got {options.sampling.temperature}"
             )
+        if options.kv_bits is not None:
+            # Where rounding turns a code into the next one, keys and values differ by far more than rounding.
+            raise ValueError(f"[DraftedGeneration] kv_bits must be None with a draft but got {options.kv_bits}")
         if not all(0 <= token < decoder.config.vocab_size for token in draft):
             raise ValueError(f"[DraftedGeneration] draft ids must lie in 0..{decoder.config.vocab_size - 1}")
         self.drafted = 0

@@ -96,6 +96,8 @@ class TranscribeOptions:
             raise ValueError(f"[TranscribeOptions] draft must be True, False or 'auto' but got {self.draft!r}")
         if self.draft is True and self.temperature > 0:
             raise PromptError("a draft is for greedy decoding: set temperature to 0, or ask for no draft")
+        if self.draft is True and self.kv_bits is not None:
+            raise PromptError("a draft needs keys and values as they are: leave kv_bits out, or ask for no draft")
 
     @classmethod
     def of(cls, options: dict[str, Any]) -> TranscribeOptions:

@@ -131,6 +131,8 @@ def test_misuse_is_refused() -> None:
     model, prompt = decoder(0, "dense"), rows(5, CONFIG.hidden_size, 0)
     with pytest.raises(ValueError, match=r"temperature must be 0 with a draft but got 0\.5"):
         DraftedGeneration(model, prompt, GenerationOptions(4, (1,), SamplingOptions(temperature=0.5)), [1])
+    with pytest.raises(ValueError, match="kv_bits must be None with a draft but got 8"):
+        DraftedGeneration(model, prompt, GenerationOptions(4, (1,), kv_bits=8), [1])
     for wrong in (-1, VOCABULARY):
         with pytest.raises(ValueError, match=r"draft ids must lie in 0\.\.39"):
             DraftedGeneration(model, prompt, GenerationOptions(4, (1,)), [1, wrong])
