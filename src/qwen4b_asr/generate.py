@@ -137,17 +137,27 @@ class Generation:
             logits = self._step(mx.array([token]), cache)
 
     def _chained(self) -> Iterator[int]:
-        """Choose the same tokens, up to the one behind the budget, with the next step queued before each is read.
+        """Choose the same tokens, up to the one behind the budget, with the next step made ready before each is read.
 
-        The step behind a stop token is for nothing; all others do not wait for the host.
+        On a GPU it is queued at once: the device never waits for the host, and the step behind a stop token is for
+        nothing. On a CPU, where that step would cost as much as any other and handing over costs little, it is built
+        while the device computes the token, and begun when the token is wanted.
         """
         chain = GreedyChain(self._options.sampling)
         cache = self._empty_cache()
         token = chain.choose(self._prefill(cache))
+        mx.async_eval(token)
+        at_once = mx.default_device().type == mx.gpu
         for _ in range(self._options.max_tokens):
+            before = self.decoder_passes
             following = chain.choose(self._step(token, cache))
+            if not at_once:
+                self.decoder_passes = before
+                yield int(token)
+                self.decoder_passes += 1
             mx.async_eval(following)
-            yield int(token)
+            if at_once:
+                yield int(token)
             token = following
         yield int(token)
 

@@ -208,13 +208,16 @@ class GreedyChain:
         if options.temperature != 0:
             raise ValueError(f"[GreedyChain] temperature must be 0 but got {options.temperature}")
         self.options = options
-        self._history = mx.zeros((1, _HISTORY_STEP), dtype=mx.int32)
+        self._by_kernel = LOGITS_ARGMAX.ready()
+        # The kernel reads a history with room to spare, which is one form for all steps; plain operations cost least
+        # on one that is just as long as the text.
+        self._history = mx.zeros((1, _HISTORY_STEP if self._by_kernel else 0), dtype=mx.int32)
         self._length = 0
 
     @staticmethod
     def pays(options: SamplingOptions) -> bool:
-        """Whether tokens can be chosen so, and by a kernel: with plain operations `Sampler` does the same for less."""
-        return options.temperature == 0 and LOGITS_ARGMAX.ready()
+        """Whether tokens can be chosen so."""
+        return options.temperature == 0
 
     def choose(self, logits: mx.array) -> mx.array:
         """Choose the next token.
@@ -225,6 +228,10 @@ class GreedyChain:
         Returns:
             The token id (1,), int32, not evaluated.
         """
+        if not self._by_kernel:
+            token = self._choose_plainly(logits.astype(mx.float32))
+            self._history = mx.concatenate([self._history, token[None]], axis=1)
+            return token
         token = logits_argmax(
             logits[None],
             self._history,
@@ -237,3 +244,16 @@ class GreedyChain:
         self._history[:, self._length] = token
         self._length += 1
         return token
+
+    def _choose_plainly(self, scores: mx.array) -> mx.array:
+        """Choose from scores (V,) with work that grows with the history, hardly with the vocabulary."""
+        tokens, penalty, size = self._history[0], self.options.repetition_penalty, self.options.no_repeat_ngram
+        if tokens.size and penalty != 1.0:  # a token that is there twice gets the same score twice
+            scores = mx.put_along_axis(scores, tokens, _penalise(scores[tokens], penalty), axis=0)
+        starts = tokens.size - size + 1
+        if size and starts > 0:
+            same = mx.ones((starts,), dtype=mx.bool_)
+            for j in range(size - 1):
+                same = same & (tokens[j : j + starts] == tokens[starts + j])
+            scores = scores.at[tokens[size - 1 :]].minimum(mx.where(same, -mx.inf, mx.inf))
+        return mx.argmax(scores, keepdims=True).astype(mx.int32)

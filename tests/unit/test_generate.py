@@ -52,6 +52,25 @@ def test_tokens_come_as_they_are_made():
     assert len(generation.tokens) == 1
 
 
+@pytest.mark.parametrize(("stop", "passes"), [(None, 12), (4, 4)])
+def test_passes_are_those_that_tokens_needed(stop, passes):
+    wanted = slow_greedy(12)
+    stops = (299,) if stop is None else (wanted[stop],)
+    generation = Generation(DECODER, PROMPT, GenerationOptions(12, stops, SAMPLING))
+    list(generation)
+    assert generation.decoder_passes == (passes if stop is None else wanted.index(wanted[stop]))
+
+
+def test_nothing_is_computed_behind_a_stop_token(monkeypatch):
+    wanted = slow_greedy(5)
+    assert wanted.index(wanted[4]) == 4
+    evaluated = []
+    original = mx.async_eval
+    monkeypatch.setattr(mx, "async_eval", lambda *arrays: (evaluated.append(1), original(*arrays)))
+    list(Generation(DECODER, PROMPT, GenerationOptions(12, (wanted[4],), SAMPLING)))
+    assert len(evaluated) == 5
+
+
 def test_a_generation_runs_once():
     generation = Generation(DECODER, PROMPT, GenerationOptions(2, (299,)))
     list(generation)
