@@ -14,7 +14,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .errors import AsrError, AudioError, CheckpointError, ConfigError, DownloadError, ModelNotFoundError, PromptError
+from .errors import (
+    AsrError,
+    AudioError,
+    BatchError,
+    CheckpointError,
+    ConfigError,
+    DownloadError,
+    ModelNotFoundError,
+    PromptError,
+)
 from .version import __version__
 
 if TYPE_CHECKING:
@@ -26,6 +35,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AsrError",
     "AudioError",
+    "BatchError",
     "CheckpointError",
     "ConfigError",
     "DownloadError",

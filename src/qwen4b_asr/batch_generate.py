@@ -9,8 +9,9 @@ Shapes: B slots, S prompt rows, H decoder width, V vocabulary.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import mlx.core as mx
 
@@ -24,6 +25,10 @@ from .sampling import Sampler
 _MOST_PADDING = 0.125
 
 
+Prompt: TypeAlias = "tuple[mx.array, GenerationOptions] | tuple[mx.array, GenerationOptions, Callable[[], mx.array]]"
+"""Rows (S, H), options, and `BatchRow.again`, if there is one."""
+
+
 @dataclass
 class BatchRow:
     """One utterance of a batch, and what came of it.
@@ -32,22 +37,27 @@ class BatchRow:
         number: Its place among the prompts.
         inputs_embeds: Prompt rows (S, H).
         options: When to stop and how to choose.
+        again: Makes the prompt anew, without what was computed for several at once, should it have to be run alone.
+            None where the prompt was made so.
 
     Attributes:
         tokens: The ids so far.
         finish_reason: None while running, then ``stop`` or ``length``, as in `generate.Generation`.
         prefill_seconds: Its share of the time that its group of prompts took.
         decode_seconds: Its shares of the steps' time.
+        decoder_passes: Passes that it took part in, after the prefill.
         alone: Whether it was decoded anew by itself, because rounding may have chosen one of its tokens.
     """
 
     number: int
     inputs_embeds: mx.array
     options: GenerationOptions
+    again: Callable[[], mx.array] | None = None
     tokens: list[int] = field(default_factory=list)
     finish_reason: str | None = None
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
+    decoder_passes: int = 0
     alone: bool = False
     sampler: Sampler | None = None
 
@@ -85,9 +95,7 @@ class BatchGeneration:
         ValueError: If there is no slot; on iteration, if a prompt is empty or does not fit into the model's context.
     """
 
-    def __init__(
-        self, decoder: Qwen3, prompts: Iterable[tuple[mx.array, GenerationOptions]], batch_size: int = 8
-    ) -> None:
+    def __init__(self, decoder: Qwen3, prompts: Iterable[Prompt], batch_size: int = 8) -> None:
         if batch_size < 1:
             raise ValueError(f"[BatchGeneration] batch_size must be at least 1 but got {batch_size}")
         self.decoder_passes = 0
@@ -165,6 +173,7 @@ class BatchGeneration:
             if row is None:
                 continue
             row.decode_seconds += seconds / len(running)
+            row.decoder_passes += 1
             self._push(row, token, doubt)
             if row.finish_reason is not None:
                 self._slots[slot] = None
@@ -190,11 +199,16 @@ class BatchGeneration:
         if not doubt or not self._exact:
             row.push(token)
             return
-        single = Generation(self._decoder, row.inputs_embeds, row.options)
+        start = time.perf_counter()
+        rows = row.inputs_embeds if row.again is None else row.again()
+        mx.eval(rows)
+        single = Generation(self._decoder, rows, row.options)
+        row.prefill_seconds += time.perf_counter() - start
         row.tokens, row.alone = list(single), True
         row.finish_reason = single.finish_reason
         row.prefill_seconds += single.prefill_seconds
         row.decode_seconds += single.decode_seconds
+        row.decoder_passes += single.decoder_passes
         self.redone += 1
 
     def _shrink(self) -> None:

@@ -6,6 +6,8 @@ recordings raises one of the classes below, with a message that names the file
 or key and says what to do.
 """
 
+from typing import Any
+
 
 class AsrError(Exception):
     """Base of every error that this package raises on purpose."""
@@ -33,3 +35,11 @@ class DownloadError(AsrError):
 
 class PromptError(AsrError):
     """The prompt profile, language or text cannot be used with this model."""
+
+
+class BatchError(AudioError):
+    """Some of many recordings cannot be read; `results` has what became of each: a transcript, or its own error."""
+
+    def __init__(self, message: str, results: list[Any]) -> None:
+        super().__init__(message)
+        self.results = results

@@ -65,11 +65,7 @@ class Listener:
             AudioError: If the recording is too short.
             PromptError: If the encoder does not know the language.
         """
-        queries: dict[str, Any] = {}
-        if self.config.query_frames:
-            if language not in LANGUAGE_QUERIES:
-                raise PromptError(f"unknown language {language!r}; choose one of {', '.join(LANGUAGE_QUERIES)}")
-            queries = {"language": language, "use_itn": use_itn}
+        queries = self.queries(language, use_itn)
         with watch.stage("features"):
             features = self.model.frontend(mx.array(samples))[None]
             mx.eval(features)
@@ -78,3 +74,15 @@ class Listener:
             states, _ = self.model.audio_encoder(features, **queries)
             mx.eval(states)
         return states
+
+    def queries(self, language: str, use_itn: bool) -> dict[str, Any]:
+        """Return what the encoder is told beside the features: nothing, unless it has query frames.
+
+        Raises:
+            PromptError: If the encoder does not know the language.
+        """
+        if not self.config.query_frames:
+            return {}
+        if language not in LANGUAGE_QUERIES:
+            raise PromptError(f"unknown language {language!r}; choose one of {', '.join(LANGUAGE_QUERIES)}")
+        return {"language": language, "use_itn": use_itn}

@@ -7,9 +7,10 @@ SenseVoiceSmall is such a model by itself; the 4B system and Fun-ASR-Nano have t
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import numpy as np
@@ -28,8 +29,20 @@ from .segment import split_at_pauses
 from .text import join_segments
 from .transcript import OnToken, Segment, TranscribeOptions, Transcript, Word
 
+if TYPE_CHECKING:
+    from .batch import BatchResult
+
 # What only a language model can do something with.
-_NOT_HERE = ("prompt_profile", "translate", "max_tokens", "hotwords", "history", "low_frame_rate")
+_NOT_HERE = ("prompt_profile", "translate", "max_tokens", "hotwords", "history", "low_frame_rate", "kv_bits")
+
+
+@dataclass(frozen=True)
+class HeardWindow:
+    """What the CTC head found in one window; `first` and `last` in samples."""
+
+    first: int
+    last: int
+    found: RichRecognition
 
 
 class Recogniser(Listener):
@@ -77,7 +90,7 @@ class Recogniser(Listener):
             TypeError: On an unknown option.
         """
         chosen = TranscribeOptions.of(options)
-        self._refuse(chosen)
+        self.refuse(chosen)
         watch = Stopwatch()
         with watch.stage("audio"):
             samples = load_audio(source, sample_rate)
@@ -92,34 +105,60 @@ class Recogniser(Listener):
     ) -> Transcript:
         """Transcribe samples (N,), 16 kHz; see `transcribe`."""
         begun = time.perf_counter()
-        found: list[RichRecognition] = []
+        heard: list[HeardWindow] = []
+        for first, last in split_at_pauses(samples, SAMPLE_RATE, options.segment_seconds):
+            states = self.audio_states(samples[first:last], options.language, bool(options.use_itn), watch)
+            found = self.decode_states(states, options, watch)
+            if on_token is not None and found.rich.text:
+                before = join_segments([window.found.rich.text for window in heard])
+                on_token(join_segments([before, found.rich.text])[len(before) :])
+            heard.append(HeardWindow(first, last, found))
+        transcript = self.joined(heard, options, watch)
+        watch.add("total", watch.seconds.get("audio", 0.0) + time.perf_counter() - begun)
+        return transcript
+
+    def decode_states(self, states: mx.array, options: TranscribeOptions, watch: Stopwatch) -> RichRecognition:
+        """Recognise what the audio states (1, R, D) of one window say."""
+        with watch.stage("ctc"):
+            logits = self.model.ctc_logits(states)[0]
+            mx.eval(logits)
+            return self.decode(logits, CtcOptions(options.beam_size if options.decoder == "ctc-beam" else 1))
+
+    def joined(self, heard: Sequence[HeardWindow], options: TranscribeOptions, watch: Stopwatch) -> Transcript:
+        """Join the windows of one recording, in order."""
         segments: list[Segment] = []
         words: list[Word] = []
-        for first, last in split_at_pauses(samples, SAMPLE_RATE, options.segment_seconds):
-            heard = self._window(samples[first:last], options, watch)
-            start = first / SAMPLE_RATE
-            if on_token is not None and heard.rich.text:
-                before = join_segments([s.text for s in segments])
-                on_token(join_segments([before, heard.rich.text])[len(before) :])
-            found.append(heard)
-            segments.append(Segment(start, last / SAMPLE_RATE, heard.rich.text))
-            words += [Word(start + word.start, start + word.end, word.text) for word in heard.words]
-        watch.add("total", watch.seconds.get("audio", 0.0) + time.perf_counter() - begun)
+        for window in heard:
+            start = window.first / SAMPLE_RATE
+            segments.append(Segment(start, window.last / SAMPLE_RATE, window.found.rich.text))
+            words += [Word(start + word.start, start + word.end, word.text) for word in window.found.words]
         asked = None if options.language == "auto" else options.language
+        rich = [window.found.rich for window in heard]
         return Transcript(
             text=join_segments([s.text for s in segments]),
-            tokens=tuple(i for heard in found for i in heard.ids),
-            language=asked or _most([heard.rich.language for heard in found]),
-            duration_seconds=samples.size / SAMPLE_RATE,
+            tokens=tuple(i for window in heard for i in window.found.ids),
+            language=asked or _most([one.language for one in rich]),
+            duration_seconds=heard[-1].last / SAMPLE_RATE,
             segments=tuple(segments),
             timings=watch.seconds,
             model=self.config.name,
-            emotion=_most([heard.rich.emotion for heard in found]),
-            events=tuple(dict.fromkeys(event for heard in found for event in heard.rich.events)),
+            emotion=_most([one.emotion for one in rich]),
+            events=tuple(dict.fromkeys(event for one in rich for event in one.events)),
             words=tuple(words),
         )
 
-    def _refuse(self, options: TranscribeOptions) -> None:
+    def transcribe_batch(self, sources: Iterable[Source], *, batch_size: int = 8, **options: Any) -> list[BatchResult]:
+        """Transcribe many recordings, several at once; see `batch.transcribe_batch` for all of this."""
+        from .batch import transcribe_batch  # here, since it needs this class
+
+        return transcribe_batch(self, sources, batch_size=batch_size, **options)
+
+    def refuse(self, options: TranscribeOptions) -> None:
+        """Refuse options that only a language model can do something with.
+
+        Raises:
+            PromptError: If there are such.
+        """
         defaults = TranscribeOptions()
         wrong = [name for name in _NOT_HERE if getattr(options, name) != getattr(defaults, name)]
         if options.task != defaults.task:
@@ -130,15 +169,6 @@ class Recogniser(Listener):
             wrong.append("decoder llm")
         if wrong:
             raise PromptError(f"{self.config.name} writes with its CTC head, which has no {', '.join(wrong)}")
-
-    def _window(
-        self, samples: npt.NDArray[np.float32], options: TranscribeOptions, watch: Stopwatch
-    ) -> RichRecognition:
-        states = self.audio_states(samples, options.language, bool(options.use_itn), watch)
-        with watch.stage("ctc"):
-            logits = self.model.ctc_logits(states)[0]
-            mx.eval(logits)
-            return self.decode(logits, CtcOptions(options.beam_size if options.decoder == "ctc-beam" else 1))
 
 
 def _own_symbols(config: ModelConfig) -> PieceTable:

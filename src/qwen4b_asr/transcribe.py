@@ -7,6 +7,7 @@ prompt rows (S, H) → token ids → text.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -14,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .audio import SAMPLE_RATE, Source, load_audio
+from .batch import BatchResult, transcribe_batch
 from .config import ModelConfig
 from .draft import Drafter
 from .errors import ConfigError, PromptError
@@ -24,8 +26,9 @@ from .nano_adaptor import NanoAdaptorConfig
 from .nano_prompt import NanoPromptConfig
 from .pass_costs import drafts_pay
 from .pieces import PieceTable
+from .prefix import PrefixCache
 from .prompt import chat_prompt, spell
-from .prompt_rows import prompt_rows
+from .prompt_rows import leading_ids, prompt_rows
 from .recognise import Recogniser
 from .sampling import SamplingOptions
 from .segment import split_at_pauses
@@ -33,7 +36,7 @@ from .speculate import DraftedGeneration
 from .text import join_segments
 from .tokenizer import Tokenizer
 from .transcript import OnToken, Segment, TranscribeOptions, Transcript, Turn
-from .written import written
+from .written import WrittenWindow, text_of, written
 
 _TRANSLATE = "Translate to English: "
 
@@ -55,6 +58,7 @@ class Transcriber(Listener):
         self.tokenizer = tokenizer
         self.pieces = pieces
         self._drafter: Drafter | None = None
+        self._prefixes = PrefixCache(model.decoder)
 
     def recogniser(self) -> Recogniser:
         """Return the CTC head of the same loaded model as a recogniser of its own.
@@ -94,7 +98,11 @@ class Transcriber(Listener):
         watch = Stopwatch()
         with watch.stage("audio"):
             samples = load_audio(source, sample_rate)
-        return self._transcribe(samples, chosen, on_token, watch)
+        return self.transcribe_window_by_window(samples, chosen, on_token, watch)
+
+    def transcribe_batch(self, sources: Iterable[Source], *, batch_size: int = 8, **options: Any) -> list[BatchResult]:
+        """Transcribe many recordings, several at once; see `batch.transcribe_batch` for all of this."""
+        return transcribe_batch(self, sources, batch_size=batch_size, **options)
 
     def transcribe_samples(
         self, samples: npt.NDArray[Any] | mx.array, sample_rate: int | None = None, **options: Any
@@ -166,51 +174,55 @@ class Transcriber(Listener):
         except PromptError as error:
             raise PromptError("this model cannot translate: its vocabulary lacks the words of the request") from error
 
-    def _transcribe(
+    def transcribe_window_by_window(
         self,
         samples: npt.NDArray[np.float32],
         options: TranscribeOptions,
         on_token: OnToken | None,
         watch: Stopwatch,
     ) -> Transcript:
+        """Transcribe samples (N,), 16 kHz; see `transcribe`."""
         start = time.perf_counter()
-        if options.translate:
-            self._check_translation()
-        tokens: list[int] = []
-        passes = drafted = accepted = 0
-        segments: list[Segment] = []
-        finish_reason = "stop"
+        self.check(options)
+        heard: list[WrittenWindow] = []
         for first, last in split_at_pauses(samples, SAMPLE_RATE, options.segment_seconds):
-            previous = segments[-1].text if segments else ""
+            previous = heard[-1].text if heard else ""
             emit = None if on_token is None else _after(previous, on_token)
             generation, text = self._transcribe_segment(samples[first:last], options, emit, watch)
-            tokens += generation.tokens
-            passes += generation.decoder_passes
-            if isinstance(generation, DraftedGeneration):
-                drafted += generation.drafted
-                accepted += generation.accepted
-            segments.append(Segment(first / SAMPLE_RATE, last / SAMPLE_RATE, text))
-            if generation.finish_reason == "length":
-                finish_reason = "length"
-        text = join_segments([s.text for s in segments])
+            heard.append(WrittenWindow.of(first, last, text, generation))
+        transcript = self.joined(heard, options, watch)
+        watch.add("total", watch.seconds["audio"] + time.perf_counter() - start)
+        return transcript
+
+    def check(self, options: TranscribeOptions) -> None:
+        """Refuse before the work what this model cannot do.
+
+        Raises:
+            PromptError: If it cannot translate and should.
+        """
+        if options.translate:
+            self._check_translation()
+
+    def joined(self, heard: Sequence[WrittenWindow], options: TranscribeOptions, watch: Stopwatch) -> Transcript:
+        """Join the windows of one recording, in order, and translate them if that is asked for."""
+        text = join_segments([window.text for window in heard])
         translation = None
         if options.translate:
             with watch.stage("translation"):
                 translation = self.translate_text(text)
-        watch.add("total", watch.seconds["audio"] + time.perf_counter() - start)
         return Transcript(
             text=text,
-            tokens=tuple(tokens),
+            tokens=tuple(token for window in heard for token in window.tokens),
             language=None if options.language == "auto" else options.language,
-            duration_seconds=samples.size / SAMPLE_RATE,
-            segments=tuple(segments),
+            duration_seconds=heard[-1].last / SAMPLE_RATE,
+            segments=tuple(Segment(w.first / SAMPLE_RATE, w.last / SAMPLE_RATE, w.text) for w in heard),
             timings=watch.seconds,
-            finish_reason=finish_reason,
+            finish_reason="length" if any(window.finish_reason == "length" for window in heard) else "stop",
             model=self.config.name,
             translation=translation,
-            decoder_passes=passes,
-            drafted=drafted,
-            accepted=accepted,
+            decoder_passes=sum(window.decoder_passes for window in heard),
+            drafted=sum(window.drafted for window in heard),
+            accepted=sum(window.accepted for window in heard),
         )
 
     def _transcribe_segment(
@@ -222,10 +234,15 @@ class Transcriber(Listener):
     ) -> tuple[Generation, str]:
         decoder = self.model.decoder
         embeddings, states = self._audio_embeddings(samples, options, watch)
-        rows = self._prompt_rows(embeddings[0], options, watch)
-        chosen = self._generation_options(samples.size / SAMPLE_RATE, options)
+        rows = self.prompt(embeddings[0], options, watch)
+        chosen = self.generation_options(samples.size / SAMPLE_RATE, options)
         draft = self._draft(states, options, watch)
-        generation = DraftedGeneration(decoder, rows, chosen, draft) if draft else Generation(decoder, rows, chosen)
+        known: dict[str, Any] = {"prefixes": self._prefixes}
+        known["prefix"] = leading_ids(self.config.prompt, options, spell=self._spell)
+        if draft:
+            generation: Generation = DraftedGeneration(decoder, rows, chosen, draft, **known)
+        else:
+            generation = Generation(decoder, rows, chosen, **known)
         text = self._run(generation, emit)
         watch.add("prefill", generation.prefill_seconds)
         watch.add("decode", generation.decode_seconds)
@@ -237,12 +254,20 @@ class Transcriber(Listener):
         """Return the rows for the decoder (1, A, H), and the audio states (1, R, D) that they come from."""
         states = self.audio_states(samples, options.language, bool(options.use_itn), watch)
         with watch.stage("adaptor"):
-            choice = {}
-            if isinstance(self.config.adaptor, NanoAdaptorConfig):
-                choice = {"low_frame_rate": options.low_frame_rate}
-            embeddings: mx.array = self.model.adaptor(states[:, self.config.dropped_rows :], **choice)
+            embeddings = self.adapt(states, None, options)
             mx.eval(embeddings)
         return embeddings, states
+
+    def adapt(self, states: mx.array, mask: mx.array | None, options: TranscribeOptions) -> mx.array:
+        """Turn audio states (B, R, D), real where mask (B, R) is True, into rows for the decoder (B, A, H)."""
+        dropped = self.config.dropped_rows
+        choice = {}
+        if isinstance(self.config.adaptor, NanoAdaptorConfig):
+            choice = {"low_frame_rate": options.low_frame_rate}
+        embeddings: mx.array = self.model.adaptor(
+            states[:, dropped:], None if mask is None else mask[:, dropped:], **choice
+        )
+        return embeddings
 
     def _draft(self, states: mx.array, options: TranscribeOptions, watch: Stopwatch) -> list[int]:
         """Return the CTC head's text of audio states (1, R, D) as token ids; none if there is to be no draft.
@@ -254,8 +279,8 @@ class Transcriber(Listener):
             return []
         if options.draft == "auto":
             # The CTC head writes what is said, in the language in which it is said.
-            likely = options.temperature == 0 and options.task == "transcribe" and drafts_pay(self.model.decoder)
-            if not likely or not self.config.ctc_size:
+            likely = options.temperature == 0 and options.task == "transcribe" and options.kv_bits is None
+            if not likely or not self.config.ctc_size or not drafts_pay(self.model.decoder):
                 return []
         try:
             drafter = self._own_drafter()
@@ -274,7 +299,7 @@ class Transcriber(Listener):
             self._drafter = Drafter(decode, encode, self.model.decoder.config.vocab_size, self.config.ctc_symbols)
         return self._drafter
 
-    def _prompt_rows(self, audio: mx.array, options: TranscribeOptions, watch: Stopwatch) -> mx.array:
+    def prompt(self, audio: mx.array, options: TranscribeOptions, watch: Stopwatch) -> mx.array:
         """Put audio rows (A, H) into the model's prompt: (S, H)."""
         history = [(turn.text, self._heard(turn, options, watch)) for turn in options.history]
         return prompt_rows(
@@ -285,11 +310,13 @@ class Transcriber(Listener):
         """Return the audio rows (A, H) of an earlier turn."""
         return self._audio_embeddings(load_audio(turn.source, turn.sample_rate), options, watch)[0][0]
 
-    def _generation_options(self, duration_seconds: float, options: TranscribeOptions) -> GenerationOptions:
+    def generation_options(self, duration_seconds: float, options: TranscribeOptions) -> GenerationOptions:
+        """Return when to stop and how to choose in a window of this length."""
         defaults = self.config.generation
         return GenerationOptions(
             max_tokens=options.max_tokens or defaults.token_budget(duration_seconds),
             stop_token_ids=defaults.stop_token_ids,
+            kv_bits=options.kv_bits,
             sampling=SamplingOptions(
                 temperature=options.temperature,
                 top_k=options.top_k,
@@ -308,7 +335,15 @@ class Transcriber(Listener):
         return self._run(Generation(self.model.decoder, self.model.decoder.embed(mx.array(ids)), options), None)
 
     def _run(self, generation: Generation, emit: OnToken | None) -> str:
-        return written(generation, self.tokenizer, emit, marks_silence=isinstance(self.config.prompt, NanoPromptConfig))
+        return written(generation, self.tokenizer, emit, marks_silence=self._marks_silence)
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """Return the text of generated tokens, without what is not speech."""
+        return text_of(tokens, self.tokenizer, marks_silence=self._marks_silence)
+
+    @property
+    def _marks_silence(self) -> bool:
+        return isinstance(self.config.prompt, NanoPromptConfig)
 
     def _spell(self, text: str) -> list[int]:
         return spell(
