@@ -16,7 +16,7 @@ from qwen4b_asr.lora import lora_layers
 from qwen4b_asr.quantization import Quantization, Scheme
 from qwen4b_asr.weights.convert import convert_checkpoint
 from qwen4b_asr.weights.fidelity import compare_directories
-from qwen4b_asr.weights.recipes import read_recipe
+from qwen4b_asr.weights.recipes import Recipe, Rule, read_recipe
 from qwen4b_asr.weights.safetensors_file import read_safetensors_directory
 from qwen4b_asr.weights.verify import verify
 from tests.helpers.quantised import dense_twin
@@ -38,12 +38,14 @@ def test_canary_with_its_adapter_apart_or_merged(tmp_path: Path, published: tupl
     source, tokenizer = published
     options = {"tokenizer": tokenizer, "lora": lora}
     convert_checkpoint(source, tmp_path / "dense", **options)
-    recipe = read_recipe("8", encoder=8, group_size=32)
+    rules = Rule("*", 8, 32), Rule("*.q_proj", 6, 32)
+    recipe = Recipe("own", rules, read_recipe(None, encoder=8, group_size=32).encoder)
     config = convert_checkpoint(source, tmp_path / "out", recipe=recipe, **options)
     assert verify(tmp_path / "out").problems == ()
     # An adapter hides no layer, and is not quantised itself.
     assert config.decoder is not None
-    assert config.decoder.quantization == Quantization(Scheme(32, 8))
+    paths = [f"model.layers.{layer}.self_attn.q_proj" for layer in range(2)]
+    assert config.decoder.quantization == Quantization(Scheme(32, 8), dict.fromkeys(paths, Scheme(32, 6)))
     assert {path for path, scheme in config.quantized_stages["encoder"].overrides.items() if scheme} == set()
     transcriber = qwen4b_asr.load(tmp_path / "out", dtype="float32")
     assert bool(lora_layers(transcriber.model.decoder)) == (lora == "keep")

@@ -65,6 +65,8 @@ def test_the_numbers_are_those_of_two_whole_models(models, recipe):
     assert found.positions == kl.size == 48
     assert found.mean_kl == pytest.approx(kl.mean(), rel=1e-2, abs=1e-6)
     assert found.max_kl == pytest.approx(kl.max(), rel=1e-2, abs=1e-6)
+    known = (np.exp(old) * old).sum(-1).mean() + np.log(old.shape[-1])
+    assert found.lost == pytest.approx(kl.mean() / known, rel=2e-2)
     assert found.agreement == pytest.approx((old.argmax(-1) == new.argmax(-1)).mean(), abs=1.01 / 48)
     assert (found.audio_error, found.ctc_agreement) == (None, None)
 
@@ -118,9 +120,12 @@ def test_a_damaged_model_is_suspicious(models, tmp_path, name, change):
 
 def test_suspicion_has_its_reasons():
     assert Fidelity(48, 0.05, 0.3, 0.9).problem is None
-    assert "language model" in Fidelity(48, 0.05, 0.3, 0.4).problem
+    assert "language model" in Fidelity(48, 0.15, 0.3, 0.4).problem
+    assert "language model" in Fidelity(48, 1.5, 3.0, 0.9).problem
+    assert "language model" in Fidelity(48, 0.05, 0.3, 0.9, lost=0.5).problem
+    assert Fidelity(48, 0.05, 0.3, 0.4).problem is None  # flat scores: one token is as good as another
     assert "language model" in Fidelity(48, math.nan, math.nan, 1.0).problem
-    assert "encoder or adaptor" in Fidelity(48, 0.0, 0.0, 1.0, audio_error=0.5).problem
+    assert "encoder or adaptor" in Fidelity(48, 0.0, 0.0, 1.0, 0.0, audio_error=0.5).problem
     assert "encoder or adaptor" in Fidelity(audio_error=math.nan).problem
 
 

@@ -9,6 +9,7 @@ Shapes: P positions, V vocabulary, H decoder width, A audio rows.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -44,9 +45,11 @@ _TEXT = (
 )
 _POSITIONS = 48
 _TABLE_ROWS = 8192
-# A sound 4-bit model stays within a tenth of these, one of 3 bits within a half; a layer that is damaged does not.
-_MOST_KL = 1.0
-_LEAST_AGREEMENT = 0.6
+# A sound 4-bit model stays far within these; one with a damaged layer does not. Where all tokens are nearly as likely,
+# as in a model that was never trained, no divergence is large and the most likely token says little: agreement counts
+# from some divergence on, and besides there is how much of what the original knows is lost.
+_MOST_KL, _MOST_LOST = 1.0, 0.4
+_LEAST_AGREEMENT, _SOME_KL = 0.6, 0.1
 _MOST_AUDIO_ERROR = 0.3
 
 
@@ -60,6 +63,7 @@ class Fidelity:
             quantised, in nats.
         max_kl: The largest.
         agreement: Share of positions at which both find the same token most likely.
+        lost: The mean divergence over that of the original from all tokens being as likely.
         audio_error: Root mean square of the change of the audio rows over that of the rows; None where encoder and
             adaptor are not quantised.
         ctc_agreement: Share of frames at which both CTC heads find the same symbol most likely; None as above, or
@@ -70,6 +74,7 @@ class Fidelity:
     mean_kl: float = 0.0
     max_kl: float = 0.0
     agreement: float = 1.0
+    lost: float = 0.0
     audio_error: float | None = None
     ctc_agreement: float | None = None
 
@@ -77,7 +82,8 @@ class Fidelity:
     def problem(self) -> str | None:
         """What makes the model suspicious, if anything does."""
         # Written so that a value that is not a number is one, too.
-        if not (self.mean_kl <= _MOST_KL and self.agreement >= _LEAST_AGREEMENT):
+        agrees = self.agreement >= _LEAST_AGREEMENT or self.mean_kl <= _SOME_KL
+        if not (self.mean_kl <= _MOST_KL and self.lost <= _MOST_LOST and agrees):
             return (
                 "the quantised language model is not near its original; few bits do that to a small model, and so does "
                 "a damaged file: compare more bits"
@@ -227,13 +233,15 @@ def compare(original: Conversion, quantised: Conversion, *, on_progress: Progres
     report("scores", total - done)
     kl = mx.maximum(mx.sum(mx.exp(scores[0]) * (scores[0] - scores[1]), axis=-1), 0.0)
     same = mx.mean((mx.argmax(scores[0], axis=-1) == mx.argmax(scores[1], axis=-1)).astype(mx.float32))
-    mx.eval(kl, same)
+    known = mx.mean(mx.sum(mx.exp(scores[0]) * scores[0], axis=-1)) + math.log(scores[0].shape[-1])
+    mx.eval(kl, same, known)
     return replace(
         found,
         positions=kl.size,
         mean_kl=float(mx.mean(kl)),
         max_kl=float(mx.max(kl)),
         agreement=float(same),
+        lost=float(mx.mean(kl)) / max(float(known), 1e-6),
     )
 
 
