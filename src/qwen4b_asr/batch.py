@@ -23,6 +23,7 @@ from .batch_generate import BatchGeneration, Prompt
 from .errors import AudioError, BatchError
 from .listen import Listener, Stopwatch
 from .nano_adaptor import NanoAdaptorConfig, rows_kept
+from .pass_costs import row_cost
 from .recognise import HeardWindow, Recogniser
 from .segment import split_at_pauses
 from .transcript import TranscribeOptions, Transcript
@@ -36,13 +37,16 @@ OnTranscript: TypeAlias = Callable[[int, BatchResult], None]
 
 # Windows that are sorted by length at a time, in batches: the more, the less padding, and the more audio is held.
 _BATCHES_AHEAD = 8
+_USUAL = 8
+# A further row of a pass that costs so much of the first one leaves too little to share.
+_MOST_ROW_COST = 0.75
 
 
 def transcribe_batch(
     listener: Transcriber | Recogniser,
     sources: Iterable[Source],
     *,
-    batch_size: int = 8,
+    batch_size: int | None = None,
     on_transcript: OnTranscript | None = None,
     errors: str = "raise",
     sample_rate: int | None = None,
@@ -56,7 +60,8 @@ def transcribe_batch(
     Args:
         listener: The model.
         sources: As `Transcriber.transcribe` takes them; read a few batches ahead, so a generator may open files late.
-        batch_size: Windows decoded side by side. With 1, one recording is transcribed after the other.
+        batch_size: Windows decoded side by side. With 1, one recording is transcribed after the other. None: 8, or 1
+            where the device multiplies the model's weights row by row, so that nothing is saved.
         on_transcript: Called with place and result of each recording, in their order, as soon as it and all before
             it are there; the result of a recording that cannot be read is its error.
         errors: ``raise`` raises at the end if there were any, with all results in the error; ``return`` leaves them
@@ -71,9 +76,10 @@ def transcribe_batch(
         BatchError: If recordings could not be read, after all others are done, unless errors are returned.
         PromptError: If the options do not fit the model.
         TypeError: On an unknown option.
-        ValueError: If `batch_size` is below 1, or `errors` neither of the two.
+        ValueError: If `batch_size` is below 1, or above it with ``draft=True``, since a draft is verified for one text
+            at a time; or if `errors` is neither of the two.
     """
-    if batch_size < 1:
+    if batch_size is not None and batch_size < 1:
         raise ValueError(f"[transcribe_batch] batch_size must be at least 1 but got {batch_size}")
     if errors not in ("raise", "return"):
         raise ValueError(f"[transcribe_batch] errors must be 'raise' or 'return' but got {errors!r}")
@@ -84,7 +90,7 @@ def transcribe_batch(
     elif chosen.decoder not in (None, "llm"):
         stages = _Recognising(listener.recogniser(), chosen)
     else:
-        stages = _Writing(listener, chosen)
+        stages = _Writing(listener, chosen, batch_size)
     results = _Batch(stages, chosen, batch_size, on_transcript).run(sources, sample_rate)
     failed = [result for result in results if isinstance(result, AudioError)]
     if failed and errors == "raise":
@@ -129,7 +135,8 @@ class Window:
 class _Stages(Protocol):
     """What is done with windows: one kind for language models, one for CTC heads."""
 
-    one_by_one: bool
+    batch_size: int
+    """What pays."""
 
     def alone(self, recording: Recording) -> Transcript:
         """Transcribe a recording by itself."""
@@ -147,7 +154,7 @@ class _Stages(Protocol):
 class _Recognising:
     """The CTC head writes."""
 
-    one_by_one = False
+    batch_size = _USUAL
 
     def __init__(self, recogniser: Recogniser, options: TranscribeOptions) -> None:
         recogniser.refuse(options)
@@ -174,12 +181,15 @@ class _Recognising:
 class _Writing:
     """The language model writes."""
 
-    def __init__(self, transcriber: Transcriber, options: TranscribeOptions) -> None:
+    def __init__(self, transcriber: Transcriber, options: TranscribeOptions, batch_size: int | None) -> None:
+        if options.draft is True and (batch_size or 1) > 1:
+            raise ValueError(f"[transcribe_batch] batch_size must be 1 with a draft but got {batch_size}")
         transcriber.check(options)
         self.transcriber = transcriber
         self.options = options
-        # A draft is verified for one text at a time, and quantised keys and values are held for one.
-        self.one_by_one = options.draft is True or getattr(options, "kv_bits", None) is not None
+        # A draft is verified for one text at a time.
+        alone = options.draft is True or row_cost(transcriber.model.decoder) > _MOST_ROW_COST
+        self.batch_size = 1 if alone else _USUAL
 
     def alone(self, recording: Recording) -> Transcript:
         return self.transcriber.transcribe_window_by_window(recording.samples, self.options, None, recording.watch)
@@ -236,11 +246,11 @@ class _Batch:
     """One call: what was read and waits, what is done and may be handed on."""
 
     def __init__(
-        self, stages: _Stages, options: TranscribeOptions, batch_size: int, on_transcript: OnTranscript | None
+        self, stages: _Stages, options: TranscribeOptions, batch_size: int | None, on_transcript: OnTranscript | None
     ) -> None:
         self.stages = stages
         self.options = options
-        self.batch_size = 1 if stages.one_by_one else batch_size
+        self.batch_size = stages.batch_size if batch_size is None else batch_size
         self.on_transcript = on_transcript
         self.results: dict[int, BatchResult] = {}
         self.handed_on = 0

@@ -147,7 +147,9 @@ class Recogniser(Listener):
             words=tuple(words),
         )
 
-    def transcribe_batch(self, sources: Iterable[Source], *, batch_size: int = 8, **options: Any) -> list[BatchResult]:
+    def transcribe_batch(
+        self, sources: Iterable[Source], *, batch_size: int | None = None, **options: Any
+    ) -> list[BatchResult]:
         """Transcribe many recordings, several at once; see `batch.transcribe_batch` for all of this."""
         from .batch import transcribe_batch  # here, since it needs this class
 

@@ -100,7 +100,9 @@ class Transcriber(Listener):
             samples = load_audio(source, sample_rate)
         return self.transcribe_window_by_window(samples, chosen, on_token, watch)
 
-    def transcribe_batch(self, sources: Iterable[Source], *, batch_size: int = 8, **options: Any) -> list[BatchResult]:
+    def transcribe_batch(
+        self, sources: Iterable[Source], *, batch_size: int | None = None, **options: Any
+    ) -> list[BatchResult]:
         """Transcribe many recordings, several at once; see `batch.transcribe_batch` for all of this."""
         return transcribe_batch(self, sources, batch_size=batch_size, **options)
 

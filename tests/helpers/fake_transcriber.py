@@ -25,6 +25,7 @@ class FakeTranscriber:
         self.replies = list(replies)
         self.calls: list[dict[str, Any]] = []
         self.loaded: list[tuple[str, str]] = []
+        self.batch_sizes: list[int | None] = []
 
     def load(self, path_or_name: str, dtype: str = "auto", **options: Any) -> FakeTranscriber:
         """Stand in for `qwen4b_asr.load`."""
@@ -57,6 +58,27 @@ class FakeTranscriber:
             "model": "fake",
         }
         return SimpleNamespace(to_dict=lambda: values)
+
+    def transcribe_batch(
+        self,
+        sources: Iterable[Any],
+        *,
+        batch_size: int | None,
+        on_transcript: Callable[[int, Any], None],
+        errors: str,
+        **options: Any,
+    ) -> None:
+        """Stand in for `Transcriber.transcribe_batch`; a reply that raises does so again when asked for alone."""
+        assert errors == "return"
+        self.batch_sizes.append(batch_size)
+        for number, samples in enumerate(sources):
+            reply = self.replies[0]
+            try:
+                transcript = self.transcribe(samples, **options)
+            except Exception:
+                self.replies.insert(0, reply)
+                raise
+            on_transcript(number, transcript)
 
     def as_module(self) -> ModuleType:
         """Return what to put into `sys.modules` under `MODULE`."""

@@ -214,6 +214,8 @@ def test_misuse_is_refused():
         model.transcribe_batch([], batch_size=0)
     with pytest.raises(ValueError, match="errors must be 'raise' or 'return' but got 'ignore'"):
         model.transcribe_batch([], errors="ignore")
+    with pytest.raises(ValueError, match="batch_size must be 1 with a draft but got 2"):
+        model.transcribe_batch([], batch_size=2, draft=True)
     with pytest.raises(TypeError, match="options must be among"):
         model.transcribe_batch([], langauge="zh")
     with pytest.raises(PromptError, match="unknown language 'xx'"):

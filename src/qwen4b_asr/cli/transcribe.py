@@ -7,7 +7,8 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ from .transcribe_options import MODEL_VARIABLE, build_parser
 if TYPE_CHECKING:
     from ..recognise import Recogniser
     from ..transcribe import Transcriber
+    from ..transcript import Transcript
 
 
 def run(arguments: Sequence[str], debug: bool = False) -> int:
@@ -47,6 +49,10 @@ def run(arguments: Sequence[str], debug: bool = False) -> int:
     options = parser.parse_args(arguments)
     if options.stream and (options.format != "txt" or options.output_dir):
         parser.error("--stream prints text: it does not go with --format json or --output-dir")
+    if options.draft and (options.batch_size or 1) > 1:
+        parser.error("--draft is for one recording at a time: it does not go with --batch-size")
+    if options.stream and (options.batch_size or 1) > 1:
+        parser.error("--stream prints one recording after the other: it does not go with --batch-size")
     if options.files.count("-") > 1:
         parser.error("standard input can be read only once")
     if "-" in options.files and (sys.stdin is None or sys.stdin.isatty()):
@@ -86,10 +92,15 @@ class _Job:
         self.several = len(options.files) > 1
         self.transcriber: Transcriber | Recogniser | None = None
         self.line_begun = False
+        self.status = 0
+        self.paths: list[Path | None] = []
+        self.held: dict[int, tuple[Any, float]] = {}  # waveforms that are still needed, and the time they took to read
+        self.order: list[int] = []  # numbers of the files that could be read
+        self.outcomes: dict[int, dict[str, Any] | Exception] = {}
+        self.next = 0  # the first file that is not written yet
         self.progress = Progress(len(options.files), quiet=options.quiet)
 
     def run(self) -> int:
-        status = 0
         directory = self.options.output_dir
         paths: list[Path | None] = [None] * len(self.options.files)
         if directory:
@@ -99,40 +110,120 @@ class _Job:
             except OSError as error:
                 complain(f"{directory}: {error.strerror}; choose another --output-dir")
                 return 1
+        self.paths = paths
         with self.progress:
-            for file, path in zip(self.options.files, paths, strict=True):
-                status |= self.one(file, path)
-                self.progress.advance()
-        return status
+            if self.options.stream or self.options.batch_size == 1 or self.options.memory_limit:
+                for number, _ in enumerate(self.options.files):
+                    self.settle(number, self.one(number))
+            else:
+                self.together()
+        return self.status
 
-    def one(self, file: str, path: Path | None) -> int:
-        """Transcribe one file and write the result; return 1 if that failed for reasons of its own."""
+    def together(self) -> None:
+        """Transcribe all files, several at once, as many as are ahead of what is written."""
+        from ..audio import SAMPLE_RATE
+        from ..transcript import TranscribeOptions
+
+        sources = self.readable()
+        first = next(sources, None)
+        if first is None:
+            return
+        self.transcriber = self.load()
+        self.show_next()
+        held = self.held[0] if self.order == [0] else None
+        if held is not None and not self.several and len(held[0]) <= TranscribeOptions().segment_seconds * SAMPLE_RATE:
+            self.settle(0, self.attempt(0))
+            return
+
+        def on_transcript(place: int, result: Transcript | Exception) -> None:
+            number = self.order[place]
+            if isinstance(result, Exception):
+                self.settle(number, result)
+            else:
+                self.settle(number, self.described(number, result))
+
+        failed = False
         try:
-            samples, seconds = self.read(file)
+            self.transcriber.transcribe_batch(
+                chain([first], sources),
+                batch_size=self.options.batch_size,
+                on_transcript=on_transcript,
+                errors="return",
+                **self.chosen(),
+            )
+        except (AsrError, OutputError):
+            raise  # the model or the prompt: no other file would fare better
+        except Exception:
+            failed = True
+        if failed:  # one by one shows whose fault it is, and what the others say
+            for number in self.order:
+                if number in self.held:
+                    self.settle(number, self.attempt(number))
+            for _ in sources:
+                self.settle(self.order[-1], self.attempt(self.order[-1]))
+
+    def readable(self) -> Iterator[Any]:
+        """Read one file after the other; yield the waveforms of those that can be."""
+        for number, file in enumerate(self.options.files):
+            try:
+                self.held[number] = self.read(file)
+            except Exception as error:
+                self.settle(number, error)
+                continue
+            self.order.append(number)
+            yield self.held[number][0]
+
+    def one(self, number: int) -> dict[str, Any] | Exception:
+        """Read and transcribe one file by itself; return what became of it."""
+        try:
+            self.held[number] = self.read(self.options.files[number])
         except Exception as error:
-            return self.failed(file, error)
+            return error
         if self.transcriber is None:  # only now: no model is needed to say that no file can be read
             self.transcriber = self.load()
+        return self.attempt(number)
+
+    def attempt(self, number: int) -> dict[str, Any] | Exception:
+        """Transcribe a file that was read."""
         try:
-            transcript = self.transcribe(file, samples, seconds)
-            text = self.written(file, transcript)
-            if path:
-                write_whole(path, text)
-        except OutputError:
-            raise
-        except OSError as error:
-            return self.failed(file, AudioError(f"cannot write {path}: {error.strerror or error}"))
-        except AudioError as error:
-            return self.failed(file, error)
-        except AsrError:
+            return self.transcribe(number)
+        except (OutputError, AsrError) as error:
+            if isinstance(error, AudioError):
+                return error
             raise  # the model or the prompt: no other file would fare better
         except Exception as error:
-            return self.failed(file, error)
+            return error
+
+    def settle(self, number: int, outcome: dict[str, Any] | Exception) -> None:
+        """Note what became of a file, and write everything that nothing before is missing for."""
+        self.held.pop(number, None)
+        self.outcomes[number] = outcome
+        while self.next in self.outcomes:
+            self.status |= self.finish(self.next, self.outcomes.pop(self.next))
+            self.next += 1
+            self.progress.advance()
+            self.show_next()
+
+    def show_next(self) -> None:
+        if self.next < len(self.options.files):
+            self.progress.show(_shown(self.options.files[self.next]))
+
+    def finish(self, number: int, outcome: dict[str, Any] | Exception) -> int:
+        """Write the result of one file; return 1 if there is none."""
+        file, path = self.options.files[number], self.paths[number]
+        if isinstance(outcome, Exception):
+            return self.failed(file, outcome)
+        text = self.written(file, outcome)
         if path is None:
             with self.progress.paused():
-                write_stdout(self.rest_of_line(file, transcript) if self.options.stream else text)
+                write_stdout(self.rest_of_line(file, outcome) if self.options.stream else text)
             self.line_begun = False
-        if transcript["finish_reason"] == "length" and not self.options.quiet:
+        else:
+            try:
+                write_whole(path, text)
+            except OSError as error:
+                return self.failed(file, AudioError(f"cannot write {path}: {error.strerror or error}"))
+        if outcome["finish_reason"] == "length" and not self.options.quiet:
             self.say(f"{_shown(file)}: warning: cut off by the token budget; raise it with --max-tokens")
         return 0
 
@@ -167,25 +258,33 @@ class _Job:
             self.say(f"warning: {warning.message}")
         return loaded
 
-    def transcribe(self, file: str, samples: Any, seconds: float) -> dict[str, Any]:
-        assert self.transcriber is not None
-        self.progress.show(_shown(file))
+    def chosen(self) -> dict[str, Any]:
+        """Return the options of the transcription that were given."""
         names = ("language", "prompt_profile", "task", "max_tokens", "decoder", "low_frame_rate", "draft")
         chosen = {name: getattr(self.options, name) for name in names}
         chosen["translate"] = self.options.translate or None
         chosen |= {"use_itn": self.options.itn, "hotwords": self.options.hotword}
+        return {name: value for name, value in chosen.items() if value is not None}
+
+    def transcribe(self, number: int) -> dict[str, Any]:
+        assert self.transcriber is not None
+        file = self.options.files[number]
+        self.progress.show(_shown(file))
 
         def on_token(piece: str) -> None:
             self.progress.count_token()
             if self.options.stream:
                 self.stream(file, piece)
 
-        transcript = self.transcriber.transcribe(
-            samples, on_token=on_token, **{name: value for name, value in chosen.items() if value is not None}
-        ).to_dict()
+        samples = self.held[number][0]
+        return self.described(number, self.transcriber.transcribe(samples, on_token=on_token, **self.chosen()))
+
+    def described(self, number: int, transcript: Transcript) -> dict[str, Any]:
+        """Return a transcript as plain values, with the file's name and the time it took to read it."""
+        values = transcript.to_dict()
         for stage in ("audio", "total"):  # the file was read here, the samples cost nothing there
-            transcript["timings"][stage] = transcript["timings"].get(stage, 0.0) + seconds
-        return {"file": file, **transcript}
+            values["timings"][stage] = values["timings"].get(stage, 0.0) + self.held[number][1]
+        return {"file": self.options.files[number], **values}
 
     def written(self, file: str, transcript: dict[str, Any]) -> str:
         if self.options.format == "txt" and self.several and not self.options.output_dir:

@@ -135,6 +135,13 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="DIR[:STRENGTH]",
         help="a PEFT adapter for the language model; may be given several times",
     )
+    parser.add_argument(
+        "--batch-size",
+        type=_positive,
+        metavar="N",
+        help="recordings, or windows of a long one, that are decoded side by side (default: 8 where that saves time, "
+        "1 with --stream or --memory-limit)",
+    )
     parser.add_argument("--stream", action="store_true", help="print the text as it comes")
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress and no warnings, only errors")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
