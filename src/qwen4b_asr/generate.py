@@ -6,7 +6,7 @@ Shapes: S prompt rows, H decoder width, V vocabulary.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import mlx.core as mx
@@ -137,18 +137,30 @@ class Generation:
             logits = self._step(mx.array([token]), cache)
 
     def _chained(self) -> Iterator[int]:
-        """Choose the same tokens, up to the one behind the budget, with the next step made ready before each is read.
+        """Choose the same tokens, up to the one behind the budget."""
+        chain = GreedyChain(self._options.sampling)
+        cache = self._empty_cache()
+        token = chain.choose(self._prefill(cache))
+        return self._links(chain, token, cache, lambda: len(self.tokens) == self._options.max_tokens)
+
+    def _links(
+        self, chain: GreedyChain, token: mx.array, cache: list[KVCache], enough: Callable[[], bool]
+    ) -> Iterator[int]:
+        """Give a token and those that follow it, with the next step made ready before each is read.
 
         On a GPU it is queued at once: the device never waits for the host, and the step behind a stop token is for
         nothing. On a CPU, where that step would cost as much as any other and handing over costs little, it is built
         while the device computes the token, and begun when the token is wanted.
+
+        Args:
+            chain: Chose the token and chooses those behind it.
+            token: The first one (1,); the cache holds all before it.
+            cache: Of the decoder.
+            enough: Asked before each step whether the token that is ready is to be the last.
         """
-        chain = GreedyChain(self._options.sampling)
-        cache = self._empty_cache()
-        token = chain.choose(self._prefill(cache))
         mx.async_eval(token)
         at_once = mx.default_device().type == mx.gpu
-        for _ in range(self._options.max_tokens):
+        while not enough():
             before = self.decoder_passes
             following = chain.choose(self._step(token, cache))
             if not at_once:

@@ -36,7 +36,7 @@ _FORMS = {
 _WORTH_IT = 0.5
 # What drafts may waste altogether: a part of the plain cost, and this many passes more where the draft had the last
 # token right. A useless draft hardly ever has, and short texts have little to stake.
-_STAKE, _TRUST = 0.02, 0.5
+_STAKE, _TRUST = 0.015, 0.3
 # Hits and misses that a belief starts with: of tokens after a hit, and of those after a miss.
 _AFTER_HIT, _AFTER_MISS = (6.0, 0.5), (1.0, 1.0)
 # How much of older evidence is left after one more token.
@@ -98,11 +98,13 @@ class Stakes:
     after_miss: Chance = field(default_factory=lambda: Chance(*_AFTER_MISS))
     debt: float = 0.0
     _hit: bool = False
+    _ever_hit: bool = False
 
     def learn(self, hit: bool) -> None:
         """Take note of whether the draft had the next token right, verified by a run or not."""
         (self.after_hit if self._hit else self.after_miss).learn(hit)
         self._hit = hit
+        self._ever_hit = self._ever_hit or hit
 
     def pay(self, rows: int, tokens: int) -> None:
         """Enter a pass over `rows` rows that gave `tokens` tokens."""
@@ -112,7 +114,8 @@ class Stakes:
         """Choose how many drafted tokens to verify next.
 
         The number with the most tokens expected per cost, as long as all that was lost, and this run too, could not
-        be more than the stake.
+        be more than the stake. Nothing is staked before the draft has had a token right: plain steps tell as much of
+        a draft, and most useless ones end there.
 
         Args:
             done: Tokens generated so far.
@@ -121,6 +124,8 @@ class Stakes:
         Returns:
             0 to take a plain step.
         """
+        if not self._ever_hit:
+            return 0
         most = min(most, self.longest)
         loss_allowed = _STAKE * max(done, self.tokens) + _TRUST * self._hit - self.debt
         if self.row_cost > 0:

@@ -199,20 +199,24 @@ class GreedyChain:
 
     Args:
         options: How to choose; the temperature must be 0.
+        generated: Token ids that were generated before.
 
     Raises:
         ValueError: If it is not.
     """
 
-    def __init__(self, options: SamplingOptions) -> None:
+    def __init__(self, options: SamplingOptions, generated: Sequence[int] = ()) -> None:
         if options.temperature != 0:
             raise ValueError(f"[GreedyChain] temperature must be 0 but got {options.temperature}")
         self.options = options
         self._by_kernel = LOGITS_ARGMAX.ready()
         # The kernel reads a history with room to spare, which is one form for all steps; plain operations cost least
         # on one that is just as long as the text.
-        self._history = mx.zeros((1, _HISTORY_STEP if self._by_kernel else 0), dtype=mx.int32)
-        self._length = 0
+        self._length = len(generated)
+        room = _HISTORY_STEP * (self._length // _HISTORY_STEP + 1) if self._by_kernel else self._length
+        self._history = mx.zeros((1, room), dtype=mx.int32)
+        if generated:
+            self._history[0, : self._length] = mx.array(list(generated), dtype=mx.int32)
 
     @staticmethod
     def pays(options: SamplingOptions) -> bool:

@@ -25,7 +25,7 @@ from .decoder import Qwen3
 from .draft import Place
 from .generate import Generation, GenerationOptions
 from .pass_costs import Stakes, row_cost
-from .sampling import Sampler, best_two
+from .sampling import GreedyChain, Sampler, best_two
 
 # What rounding may change in the lead of a token, in units of the dtype's precision times the largest logit. Passes of
 # 4 to 16 rows and the keys that they leave moved no logit of models with 2 to 28 layers by more than 21 units in
@@ -95,21 +95,31 @@ class DraftedGeneration(Generation):
             for token in self._chosen[given:]:
                 given += 1
                 yield token
-            # The cache never holds more than prompt and budget, which fit into the context.
-            room = self._options.max_tokens - len(self._chosen)
-            ahead = self._place.ahead(min(room, self._stakes.longest)) if room > 0 else ()
-            length = self._stakes.run_length(len(self._chosen), len(ahead))
-            self._advance(ahead[:length], cache)
+            run = self._next_run()
+            if run or self._plain < len(self._chosen) - 1:
+                self._advance(run, cache)
+                continue
+            for token in self._plain_tokens(cache):
+                given += 1
+                yield token
+
+    def _next_run(self) -> tuple[int, ...]:
+        """Return the drafted tokens that are to be verified next, none for a plain step."""
+        # The cache never holds more than prompt and budget, which fit into the context.
+        room = self._options.max_tokens - len(self._chosen)
+        ahead = self._place.ahead(min(room, self._stakes.longest)) if room > 0 else ()
+        return ahead[: self._stakes.run_length(len(self._chosen), len(ahead))]
+
+    def _plain_tokens(self, cache: list[KVCache]) -> Iterator[int]:
+        """Choose tokens just as plain decoding does, over a cache that it could have made, until a run pays."""
+        budget = self._options.max_tokens
+        chain = GreedyChain(self._options.sampling, self._chosen)
+        first = chain.choose(self._one(self._chosen[-1], cache))
+        for token in self._links(chain, first, cache, lambda: len(self._chosen) >= budget or bool(self._next_run())):
+            yield self._take(token, plain=True)
 
     def _advance(self, run: Sequence[int], cache: list[KVCache]) -> None:
         """Take the tokens that one pass over the last token and a run makes certain, and what it left in doubt."""
-        held = len(self._chosen) - 1
-        if not run and self._plain == held:
-            logits = self._one(self._chosen[-1], cache)
-            self._plain = held + 1
-            self._stakes.pay(1, 1)
-            self._take(self._sampler.choose(logits, self._chosen))
-            return
         logits = self._pass([self._chosen[-1], *run], cache)
         ids, certain = self._judge(logits, run)
         right = 0  # drafted tokens that follow one another and are certain
@@ -150,11 +160,13 @@ class DraftedGeneration(Generation):
         self._doubt = max(self._doubt, _CAUTION * float(difference.astype(mx.float32)))
         return self._sampler.choose(logits, self._chosen)
 
-    def _take(self, token: int) -> None:
-        """Add a token that is certain to the text."""
+    def _take(self, token: int, plain: bool = False) -> int:
+        """Add a token that is certain to the text; `plain` if a plain step gave it."""
         self._stakes.learn(self._place.ahead(1) == (token,))
         self._place.push(token)
         self._chosen.append(token)
+        self._plain += plain
+        return token
 
     def _one(self, token: int, cache: list[KVCache]) -> mx.array:
         """Run one row; returns logits (V,)."""
