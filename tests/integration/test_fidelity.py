@@ -27,7 +27,7 @@ DEMO = weights_data() / "demo"
 def models(tmp_path_factory):
     """A dense model, and the same under some recipes."""
     folder = tmp_path_factory.mktemp("models")
-    parts = wide_parts(folder, tied=False)
+    parts = wide_parts(folder, tied=False, scale=0.5)  # scores that differ, so that it matters which way is measured
     convert(**parts.arguments(folder / "dense"))
     for name, asked in {
         "8": {"name": "8"},
@@ -63,8 +63,8 @@ def test_the_numbers_are_those_of_two_whole_models(models, recipe):
     kl = (np.exp(old) * (old - new)).sum(-1)
     found = compare_directories(models / recipe, models / "dense")
     assert found.positions == kl.size == 48
-    assert found.mean_kl == pytest.approx(kl.mean(), rel=1e-2, abs=1e-6)
-    assert found.max_kl == pytest.approx(kl.max(), rel=1e-2, abs=1e-6)
+    assert found.mean_kl == pytest.approx(kl.mean(), rel=1e-3, abs=1e-6)
+    assert found.max_kl == pytest.approx(kl.max(), rel=1e-3, abs=1e-6)
     known = (np.exp(old) * old).sum(-1).mean() + np.log(old.shape[-1])
     assert found.lost == pytest.approx(kl.mean() / known, rel=2e-2)
     assert found.agreement == pytest.approx((old.argmax(-1) == new.argmax(-1)).mean(), abs=1.01 / 48)
@@ -93,7 +93,7 @@ def test_audio_rows_are_the_originals_for_both_and_compared_apart(models):
 def damage(models, target, name, change):
     """Copy a model with one tensor changed."""
     target.mkdir()
-    for path in (models / "4").iterdir():
+    for path in (models / "8").iterdir():
         (target / path.name).write_bytes(path.read_bytes())
     arrays = mx.load(str(target / "model.safetensors"))
     arrays[name] = change(arrays[name])
@@ -112,7 +112,7 @@ def damage(models, target, name, change):
     ],
 )
 def test_a_damaged_model_is_suspicious(models, tmp_path, name, change):
-    assert compare_directories(models / "4", models / "dense").problem is None
+    assert compare_directories(models / "8", models / "dense").problem is None
     found = compare_directories(damage(models, tmp_path / "bad", name, change), models / "dense")
     assert found.problem is not None
     assert "language model is not near its original" in found.problem
