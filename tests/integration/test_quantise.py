@@ -11,6 +11,7 @@ from mlx.utils import tree_flatten
 import qwen4b_asr
 from qwen4b_asr.errors import CheckpointError, ConfigError
 from qwen4b_asr.quantization import Quantization, Scheme
+from qwen4b_asr.weights import quantize
 from qwen4b_asr.weights.convert import convert, convert_checkpoint
 from qwen4b_asr.weights.load import load_model
 from qwen4b_asr.weights.paths import weights_data
@@ -111,6 +112,15 @@ def test_quantising_twice_gives_the_same_bytes_and_so_does_another_way_there(tmp
     assert {n for n in a if a[n] != c[n]} == {"provenance.json", "checksums.json"}
     kept = [json.loads((tmp_path / n / "provenance.json").read_text())["encoder_fingerprint"] for n in "ac"]
     assert kept[0] == kept[1]
+
+
+def test_each_row_is_read_and_quantised_once(tmp_path, monkeypatch):
+    taken, original = [], quantize.quantize_rows
+    monkeypatch.setattr(quantize, "quantize_rows", lambda m, *rest: taken.append(m.shape[0]) or original(m, *rest))
+    parts = wide_parts(tmp_path, llm_dtype=mx.bfloat16)
+    convert(**parts.arguments(tmp_path / "out"), recipe=read_recipe("4", encoder=8))
+    refs = read_safetensors_directory(tmp_path / "out")
+    assert sum(taken) == sum(ref.shape[0] for name, ref in refs.items() if name.endswith(".scales"))
 
 
 def test_a_model_directory_can_be_stored_anew(tmp_path):

@@ -1,6 +1,6 @@
 """What the tensors of an MLX checkpoint say about each module, against what its config.json says."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import mlx.core as mx
 import pytest
@@ -9,7 +9,7 @@ from mlx.utils import tree_flatten
 from qwen4b_asr.decoder import DecoderConfig, Qwen3
 from qwen4b_asr.errors import CheckpointError
 from qwen4b_asr.lora import LoraConfig
-from qwen4b_asr.quantization import Quantization, Scheme, quantize_modules
+from qwen4b_asr.quantization import Quantization, Scheme, quantizable, quantize_modules
 from qwen4b_asr.weights.keymap import load_keymap
 from qwen4b_asr.weights.manifest import load_manifest
 from qwen4b_asr.weights.quantized import decoder_quantization, packed_types, type_problem
@@ -167,6 +167,39 @@ def test_the_published_8_bit_checkpoint():
     )
     assert config.quantization == Quantization(Scheme(64, 8))
     assert dict(manifest.tensors) == {n: tuple(a.shape) for n, a in tree_flatten(Qwen3(config).parameters())}
+
+
+def as_mlx_lm_writes(quantization: Quantization, every: bool) -> dict:
+    """config.json of Qwen3-4B: under both keys, and in a mixed recipe with a form for every module."""
+    entry: dict = {**asdict(quantization.default)}
+    if every:
+        entry |= {path: asdict(quantization.scheme(path)) for path in quantizable(Qwen3(DecoderConfig()))}
+    return {**load_manifest("qwen3-4b").config, "quantization": entry, "quantization_config": entry}
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_plain_checkpoints_of_the_4b_model(bits):
+    plain = Quantization(Scheme(64, bits))
+    config = DecoderConfig.from_huggingface(as_mlx_lm_writes(plain, every=False))
+    tensors = {n: tuple(a.shape) for n, a in tree_flatten(Qwen3(config).parameters())}
+    assert tensors["model.layers.35.mlp.down_proj.weight"] == (2560, 9728 * bits // 32)
+    assert tensors["model.embed_tokens.scales"] == (151936, 40)
+    assert decoder_quantization(config, tensors, keymap=KEYMAP, file="f").quantization == plain
+
+
+@pytest.mark.parametrize("key", ["quantization", "quantization_config", None])
+def test_a_mixed_checkpoint_of_the_4b_model(key):
+    # More bits for values and down projections of the first and last eighth and of every third layer between.
+    layers = [i for i in range(36) if i < 4 or i >= 31 or (i - 4) % 3 == 2]
+    more = [f"model.layers.{i}.{name}" for i in layers for name in ("self_attn.v_proj", "mlp.down_proj")]
+    mixed = Quantization(Scheme(64, 4), dict.fromkeys([*more, "model.embed_tokens"], Scheme(64, 6)))
+    values = as_mlx_lm_writes(mixed, every=True)
+    if key is not None:
+        del values[key]  # one of the two is enough
+    config = DecoderConfig.from_huggingface(values)
+    tensors = {n: tuple(a.shape) for n, a in tree_flatten(Qwen3(config).parameters())}
+    assert tensors[f"{more[0]}.weight"] == (1024, 2560 * 6 // 32)
+    assert decoder_quantization(config, tensors, keymap=KEYMAP, file="f").quantization == mixed
 
 
 def test_codes_have_their_types_and_numbers_theirs():
