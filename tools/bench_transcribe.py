@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shlex
 import sys
 import tempfile
@@ -128,6 +129,11 @@ def command_line(words: Sequence[str]) -> str:
     return shlex.join(["python", "tools/bench_transcribe.py", *shown])
 
 
+def slug(text: str) -> str:
+    """Return a name for marks in a document."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
 def main(words: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     words = list(sys.argv[1:] if words is None else words)
@@ -137,7 +143,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
     blas = preload_openblas()  # before MLX, which only describes the machine in this process
     from bench.facts import about, default_device, load_average
-    from bench.record import RecordError, write_block
+    from bench.record import SPEECH_AREA_BEGIN, RecordError, write_block
     from bench.session import run
     from bench.sides import SideError
     from bench.speech_table import block
@@ -152,7 +158,7 @@ def main(words: Sequence[str] | None = None) -> int:
         return 1
     facts["load_average_after"] = load_average()
     device = default_device()
-    what = plan.model or plan.shape
+    what = Path(plan.model).name if plan.model else plan.shape
     text = block(result, plan, facts, f"{what}, {device.title}")
     print(text)
     if options.json:
@@ -160,7 +166,7 @@ def main(words: Sequence[str] | None = None) -> int:
             file.write(json.dumps({**facts, "result": result.as_json()}, default=str) + "\n")
     if options.record:
         try:
-            write_block(DOCUMENT, f"{what}-{device.slug}", text)
+            write_block(DOCUMENT, slug(f"{what} {device.title}"), text, SPEECH_AREA_BEGIN)
         except (RecordError, OSError) as error:
             print(f"{DOCUMENT.name} was not written: {error}", file=sys.stderr)
             return 1

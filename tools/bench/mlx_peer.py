@@ -1,34 +1,24 @@
-"""What the workers of peers on MLX share; importing it gives MLX the same BLAS as this project gives it.
-
-The preloading is this project's own file, run by its path: the package is not in the peers' environments.
-"""
+"""What the workers on MLX share."""
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-_FILE = Path(__file__).resolve().parents[2] / "src" / "qwen4b_asr" / "_blas.py"
-_SPEC = importlib.util.spec_from_file_location("_bench_blas", _FILE)
-assert _SPEC is not None
-assert _SPEC.loader is not None
-_MODULE = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(_MODULE)
-BLAS: str | None = _MODULE.preload_openblas()
+import mlx.core as mx
+import numpy as np
 
-import mlx.core as mx  # noqa: E402
-import numpy as np  # noqa: E402
+from bench.start_worker import BLAS_VARIABLE
 
 
-def about(package: str, blas: str | None) -> dict[str, Any]:
-    """Return what a peer says of itself."""
+def about(package: str | None = None) -> dict[str, Any]:
+    """Return what a side says of itself: its versions, threads and BLAS, and MLX's device."""
     return {
-        "versions": {package: version(package), "mlx": version("mlx")},
+        "versions": {name: version(name) for name in (package, "mlx") if name},
         "threads": os.environ.get("OPENBLAS_NUM_THREADS"),
-        "blas": Path(blas).name if blas else None,
+        "blas": Path(os.environ[BLAS_VARIABLE]).name or None,
         "device": str(mx.default_device()),
     }
 

@@ -11,8 +11,8 @@ import mlx.core as mx
 import numpy as np
 from funasr_mlx.models import fun_asr_nano, sensevoice
 
-from bench.mlx_peer import BLAS, about, evaluated, peak, to_numpy  # first: it loads OpenBLAS before MLX
-from bench.worker import Stage, Worker, serve
+from bench.mlx_peer import about, evaluated, peak, to_numpy
+from bench.worker import Stage, Worker
 
 
 def build(setup: dict[str, Any]) -> Worker:
@@ -49,7 +49,7 @@ def build(setup: dict[str, Any]) -> Worker:
             "adaptor": lambda: evaluated(adaptor(states))[:, :kept],
         }
 
-    return Worker(about("funasr-mlx", BLAS), stages, to_numpy, peak)
+    return Worker(about("funasr-mlx"), stages, to_numpy, peak)
 
 
 def _adaptor(config: dict[str, Any], weights: dict[str, mx.array]) -> Any:
@@ -66,7 +66,3 @@ def _adaptor(config: dict[str, Any], weights: dict[str, mx.array]) -> Any:
     adaptor.load_weights(list(own.items()))
     mx.eval(adaptor.parameters())
     return adaptor
-
-
-if __name__ == "__main__":
-    serve(build)

@@ -14,8 +14,8 @@ from mlx_audio.stt.models.fun_asr_nano.config import AdaptorConfig, SenseVoiceEn
 from mlx_audio.stt.models.sensevoice import config as sensevoice_config
 from mlx_audio.stt.models.sensevoice.sensevoice import SenseVoiceSmall
 
-from bench.mlx_peer import BLAS, about, evaluated, peak, to_numpy  # first: it loads OpenBLAS before MLX
-from bench.worker import Stage, Worker, serve
+from bench.mlx_peer import about, evaluated, peak, to_numpy
+from bench.worker import Stage, Worker
 
 
 def build(setup: dict[str, Any]) -> Worker:
@@ -23,7 +23,7 @@ def build(setup: dict[str, Any]) -> Worker:
     config = setup["config"]
     weights: Any = mx.load(str(Path(setup["home"]) / "listen.safetensors"))
     stages = _nano(config, weights) if not config["encoder"]["num_queries"] else _sensevoice(config, weights)
-    return Worker(about("mlx-audio", BLAS), stages, to_numpy, peak)
+    return Worker(about("mlx-audio"), stages, to_numpy, peak)
 
 
 def _sizes(encoder: dict[str, Any]) -> dict[str, Any]:
@@ -96,7 +96,3 @@ def _nano(config: dict[str, Any], weights: dict[str, mx.array]) -> Any:
         }
 
     return stages
-
-
-if __name__ == "__main__":
-    serve(build)

@@ -13,8 +13,8 @@ import numpy as np
 from mlx_lm.generate import generate_step, generation_stream
 from mlx_lm.utils import load_model
 
-from bench.mlx_peer import BLAS, about, peak, to_numpy  # first: it loads OpenBLAS before MLX
-from bench.worker import Stage, Timed, Worker, serve, stamped
+from bench.mlx_peer import about, peak, to_numpy
+from bench.worker import Stage, Timed, Worker, stamped
 
 
 def build(setup: dict[str, Any]) -> Worker:
@@ -32,8 +32,4 @@ def build(setup: dict[str, Any]) -> Worker:
         ids = mx.array(inputs["ids"])
         return {"generate": lambda: generate(ids)}
 
-    return Worker(about("mlx-lm", BLAS), stages, to_numpy, peak)
-
-
-if __name__ == "__main__":
-    serve(build)
+    return Worker(about("mlx-lm"), stages, to_numpy, peak)

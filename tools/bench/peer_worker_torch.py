@@ -17,7 +17,7 @@ import reference as ref
 import torch
 from safetensors.torch import load_file
 
-from bench.worker import Stage, Timed, Worker, serve
+from bench.worker import Stage, Timed, Worker
 
 torch.set_grad_enabled(False)
 
@@ -94,7 +94,3 @@ def _write(config: dict[str, Any], weights: dict[str, torch.Tensor], tokens: int
         return {"generate": lambda: generate(ids)}
 
     return stages
-
-
-if __name__ == "__main__":
-    serve(build)

@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 
 AREA_BEGIN = "<!-- bench tables: written by tools/bench_kernels.py --record, nothing here by hand -->"
+SPEECH_AREA_BEGIN = AREA_BEGIN.replace("bench_kernels", "bench_transcribe")
 AREA_END = "<!-- end of bench tables -->"
 
 
@@ -14,7 +15,7 @@ class RecordError(Exception):
     """The document has no place for tables."""
 
 
-def with_block(text: str, slug: str, block: str) -> str:
+def with_block(text: str, slug: str, block: str, begin: str = AREA_BEGIN) -> str:
     """Return `text` with the block of a device put in, in place of the one that is there.
 
     Everything outside the marks and the blocks of other devices stay as they are; blocks are sorted by device. Putting
@@ -24,20 +25,21 @@ def with_block(text: str, slug: str, block: str) -> str:
         text: The document.
         slug: The device, as in the marks.
         block: What to put between the device's marks.
+        begin: The document's own first mark.
 
     Raises:
         RecordError: If the document's marks are missing, doubled or out of order.
     """
-    before, area, after = _split(text)
+    before, area, after = _split(text, begin)
     blocks = _blocks(area)
     blocks[slug] = block.strip("\n")
     inside = "".join(f"{_begin(name)}\n{blocks[name]}\n{_end(name)}\n\n" for name in sorted(blocks))
-    return f"{before}{AREA_BEGIN}\n\n{inside}{AREA_END}{after}"
+    return f"{before}{begin}\n\n{inside}{AREA_END}{after}"
 
 
-def write_block(path: Path, slug: str, block: str) -> None:
+def write_block(path: Path, slug: str, block: str, begin: str = AREA_BEGIN) -> None:
     """Put the block of a device into a file, whole or not at all; arguments and errors as `with_block`."""
-    text = with_block(path.read_text(encoding="utf-8"), slug, block)
+    text = with_block(path.read_text(encoding="utf-8"), slug, block, begin)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
@@ -49,10 +51,10 @@ def write_block(path: Path, slug: str, block: str) -> None:
         raise
 
 
-def _split(text: str) -> tuple[str, str, str]:
-    if text.count(AREA_BEGIN) != 1 or text.count(AREA_END) != 1 or text.index(AREA_BEGIN) > text.index(AREA_END):
-        raise RecordError(f"the document needs the lines {AREA_BEGIN!r} and {AREA_END!r}, once each and in this order")
-    before, _, rest = text.partition(AREA_BEGIN)
+def _split(text: str, begin: str) -> tuple[str, str, str]:
+    if text.count(begin) != 1 or text.count(AREA_END) != 1 or text.index(begin) > text.index(AREA_END):
+        raise RecordError(f"the document needs the lines {begin!r} and {AREA_END!r}, once each and in this order")
+    before, _, rest = text.partition(begin)
     area, _, after = rest.partition(AREA_END)
     return before, area, after
 

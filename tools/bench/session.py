@@ -172,7 +172,7 @@ def _beside(
         for peer in plan.peers:
             if part not in peer.parts or peer.name not in pythons:
                 continue
-            side = start(peer.name, peer.module, pythons[peer.name], plan.threads, preload=plan.preload)
+            side = start(peer.name, peer.module, pythons[peer.name], plan.threads, preload=plan.preload and peer.mlx)
             try:
                 _build(side, setup, [part], result)
                 sides.append(side)

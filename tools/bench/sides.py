@@ -170,7 +170,7 @@ def start(name: str, module: str, python: str | Path, threads: int, *, preload: 
         module: The worker under ``tools/bench``.
         python: Interpreter.
         threads: Of OpenBLAS and of torch.
-        preload: Give MLX an OpenBLAS where there is one.
+        preload: Load an OpenBLAS for MLX, where there is one.
     """
     variables = {
         "PYTHONPATH": os.pathsep.join([str(ROOT / "tools"), str(ROOT / "src")]),
@@ -181,6 +181,5 @@ def start(name: str, module: str, python: str | Path, threads: int, *, preload: 
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
     }
-    if not preload:
-        variables["QWEN4B_ASR_BLAS"] = "off"
-    return Side(name, [str(python), "-m", f"bench.{module}"], variables)
+    words = [module, *(["preload"] if preload else [])]
+    return Side(name, [str(python), "-m", "bench.start_worker", *words], variables)

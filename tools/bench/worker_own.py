@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from qwen4b_asr._blas import preload_openblas
+import gc
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-BLAS = preload_openblas()  # before MLX
+import mlx.core as mx
+import numpy as np
 
-import gc  # noqa: E402
-import os  # noqa: E402
-import time  # noqa: E402
-from collections.abc import Mapping  # noqa: E402
-from dataclasses import dataclass  # noqa: E402
-from importlib.metadata import version  # noqa: E402
-from pathlib import Path  # noqa: E402
-from typing import Any  # noqa: E402
-
-import mlx.core as mx  # noqa: E402
-import numpy as np  # noqa: E402
-
-from bench.model_files import (  # noqa: E402
+from bench.mlx_peer import about, evaluated, peak, to_numpy
+from bench.model_files import (
     PROMPT_TOKENS,
     export_decoder,
     export_listen,
@@ -27,14 +22,14 @@ from bench.model_files import (  # noqa: E402
     shape_config,
     write_random,
 )
-from bench.worker import Stage, Timed, Worker, serve, stamped  # noqa: E402
-from qwen4b_asr.config import ModelConfig  # noqa: E402
-from qwen4b_asr.encoder import SenseVoiceEncoder  # noqa: E402
-from qwen4b_asr.generate import Generation, GenerationOptions  # noqa: E402
-from qwen4b_asr.joined import join_projections  # noqa: E402
-from qwen4b_asr.model import SpeechModel  # noqa: E402
-from qwen4b_asr.weights.load import load_model  # noqa: E402
-from qwen4b_asr.weights.obtain import obtain_model  # noqa: E402
+from bench.worker import Stage, Timed, Worker, stamped
+from qwen4b_asr.config import ModelConfig
+from qwen4b_asr.encoder import SenseVoiceEncoder
+from qwen4b_asr.generate import Generation, GenerationOptions
+from qwen4b_asr.joined import join_projections
+from qwen4b_asr.model import SpeechModel
+from qwen4b_asr.weights.load import load_model
+from qwen4b_asr.weights.obtain import obtain_model
 
 CEILING_BYTES = 256 * 2**20
 
@@ -95,13 +90,7 @@ class _Loaded:
             prepare_decoder(self.model)
 
     def worker(self) -> Worker:
-        facts = {
-            "versions": {"mlx": version("mlx")},
-            "threads": os.environ.get("OPENBLAS_NUM_THREADS"),
-            "blas": Path(BLAS).name if BLAS else None,
-            "device": str(mx.default_device()),
-        }
-        return Worker(facts, self.stages, to_numpy, peak, {"make_inputs": self.make_inputs})
+        return Worker(about(), self.stages, to_numpy, peak, {"make_inputs": self.make_inputs})
 
     def make_inputs(self, request: dict[str, Any]) -> dict[str, Any]:
         """Write what every side gets: samples, features, audio states and prompt ids, as far as there are parts."""
@@ -185,25 +174,3 @@ def ceiling() -> Timed:
         seconds[name] = time.perf_counter() - start
     seconds["vecmat"] *= big.shape[0] / min(big.shape[0], vector.shape[0])
     return Timed(seconds, more={"bytes_per_second": CEILING_BYTES / min(seconds.values())})
-
-
-def evaluated(array: mx.array) -> mx.array:
-    """Compute an array and return it."""
-    mx.eval(array)
-    return array
-
-
-def to_numpy(array: mx.array) -> np.ndarray:
-    """Return an array as NumPy's float32."""
-    return np.array(array.astype(mx.float32))
-
-
-def peak() -> int:
-    """Return the most bytes that MLX's arrays took since the last call."""
-    most = mx.get_peak_memory()
-    mx.reset_peak_memory()
-    return most
-
-
-if __name__ == "__main__":
-    serve(build)
