@@ -66,6 +66,9 @@ def attend(patch: Patch, change: Callable[..., Any]) -> None:
     """Replace MLX's attention by `change(original, *args, **kwargs)`."""
     import mlx.core as mx
 
+    from qwen4b_asr.kernels import attention
+
+    patch.setattr(attention, "powers_of_two_pay", lambda q, k: False)  # every stage is to come by MLX's
     original = mx.fast.scaled_dot_product_attention
     patch.setattr(mx.fast, "scaled_dot_product_attention", lambda *args, **kw: change(original, *args, **kw))
 

@@ -62,7 +62,7 @@ def test_as_exact_as_the_plain_operations(seed, dtype, batch, rows, width, conte
         found = fsmn_kernel(qkv, weight, mask, left=left, offset=offset)
         mx.eval(found)
     wanted = definition(qkv, weight, mask, left, offset)
-    for shifted_adds in (True, False):
+    for shifted_adds in (True, False, None):
         plain = fsmn_reference(qkv, weight, mask, left=left, offset=offset, shifted_adds=shifted_adds)
         judge(found, plain, wanted)
     rounded_once(found, wanted, 2.0**-20 * definition(mx.abs(qkv), mx.abs(weight), mask, left, offset))

@@ -41,7 +41,8 @@ def fsmn(
         left: Rows of left context; the right context is K - 1 - left.
         offset: First column of the values; by default they are the last D columns.
         shifted_adds: Without the kernel, sum K shifted copies instead of calling the convolution. The same result; on
-            the CPU it is up to 2.6 times faster and its gradient three times. None decides by the device.
+            the CPU it is up to 2.2 times as fast and its gradient three times. None decides by the device, and takes
+            what is quickest without a gradient on the CPU: all windows at once, three times as fast as a convolution.
 
     Returns:
         Memory (B, L, D), zero on masked rows.
@@ -80,10 +81,13 @@ def fsmn_reference(
     keep = mask[:, :, None].astype(qkv.dtype)
     v = qkv[:, :, first : first + width] * keep
     padded = mx.pad(v, [(0, 0), (left, taps - 1 - left), (0, 0)])
-    if shifted_adds is None:
-        shifted_adds = mx.default_device().type == mx.DeviceType.cpu
-    if shifted_adds:
-        rows = v.shape[1]
+    batch, rows = v.shape[:2]
+    if shifted_adds is None and mx.default_device().type == mx.DeviceType.cpu:
+        length = rows + taps - 1
+        windows = mx.as_strided(padded, (batch, rows, taps, width), (length * width, width, width, 1))
+        # Contiguous, or the product would go through it element by element.
+        memory = v + (windows * mx.contiguous(weight[:, :, 0].T)).sum(axis=2)
+    elif shifted_adds:
         memory = v
         for k in range(taps):
             memory = memory + padded[:, k : k + rows] * weight[:, k, 0]
