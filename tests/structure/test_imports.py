@@ -35,6 +35,7 @@ ROOMS = [
             "rich",
             "joined",
             "prefix",
+            "columns",
             "lora",
             "quantization",
             "machine",
