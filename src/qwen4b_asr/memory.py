@@ -32,14 +32,14 @@ _WITH_CACHE = ("prefill", "decode")
 _FLOAT = 4
 _PROMPT_ROWS = 64  # text around the audio: the longest profile has 40
 # Arrays of a stage's widest shape that live at once.
-_FRONTEND_ARRAYS = 6
-_LAYER_ARRAYS = 7
+_FRONTEND_ARRAYS = 8
+_LAYER_ARRAYS = 12
 _SCORE_ARRAYS = 4
-_PREFILL_ARRAYS = 5
-_PREFILL_SCORES = 2
+_PREFILL_ARRAYS = 8
+_PREFILL_SCORES = 3
 _LOGIT_ARRAYS = 8
 _CTC_ARRAYS = 4
-_IMAGE_ARRAYS = 5  # of the strided convolutions' input, unfolded windows included
+_IMAGE_ARRAYS = 4  # of the strided convolutions' input, unfolded windows included
 
 # Quantisations that are advised: the recipe, and bits for other parts.
 _FORMS: tuple[tuple[str, Mapping[str, int]], ...] = (

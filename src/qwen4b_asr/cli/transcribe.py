@@ -246,6 +246,7 @@ class _Job:
 
         adapters = dict(self.options.adapter or ())
         with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("default")
             loaded = load(
                 self.options.model,
                 dtype=self.options.dtype,
