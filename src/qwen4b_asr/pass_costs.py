@@ -14,16 +14,35 @@ from mlx.utils import tree_flatten
 
 from .decoder import Qwen3
 
-# Cost of each row after the first, in passes of one row. On the CPU it was measured, by `tools/bench/drafts.py`:
-# OpenBLAS packs the whole matrix for any number of rows, MLX's own products go row by row. For GPUs it is a guess on
-# the careful side.
-_ROW_COSTS = {
-    ("cpu", "float32"): 0.03,
-    ("cpu", "16 bits"): 0.36,
-    ("cpu", "quantised"): 0.95,
-    ("gpu", "float32"): 0.05,
-    ("gpu", "16 bits"): 0.05,
-    ("gpu", "quantised"): 0.2,
+
+@dataclass(frozen=True)
+class PassCost:
+    """What passes over several rows cost, in passes over one.
+
+    Args:
+        row: Each row beyond those that come free.
+        free: Rows for which a pass takes no longer than for one.
+        run: Verifying a run at all: choosing a token in each row, and waiting for the result.
+    """
+
+    row: float
+    free: int = 1
+    run: float = 0.04
+
+    def of(self, rows: int) -> float:
+        """Cost of one pass."""
+        return 1.0 if rows == 1 else 1 + self.run + self.row * max(0, rows - self.free)
+
+
+# On the CPU they were measured, by `tools/bench/drafts.py --costs`: OpenBLAS packs the whole matrix whatever the number
+# of rows, MLX's own products go row by row. For GPUs they are a guess on the careful side.
+_COSTS = {
+    ("cpu", "float32"): PassCost(0.04, free=8),
+    ("cpu", "16 bits"): PassCost(0.36),
+    ("cpu", "quantised"): PassCost(0.95),
+    ("gpu", "float32"): PassCost(0.05, free=2),
+    ("gpu", "16 bits"): PassCost(0.05, free=2),
+    ("gpu", "quantised"): PassCost(0.2),
 }
 # By type of a matrix: its form, and the weights in each element; codes are mostly of 4 bits, their scales few.
 _FORMS = {
@@ -37,17 +56,16 @@ _WORTH_IT = 0.5
 # What drafts may waste altogether: a part of the plain cost, and this many passes more where the draft had the last
 # token right. A useless draft hardly ever has, and short texts have little to stake.
 _STAKE, _TRUST = 0.015, 0.3
+# Tokens per cost that a run must promise, where a plain step gives 1.
+_GAIN = 1.05
 # Hits and misses that a belief starts with: of tokens after a hit, and of those after a miss.
 _AFTER_HIT, _AFTER_MISS = (6.0, 0.5), (1.0, 1.0)
 # How much of older evidence is left after one more token.
 _MEMORY = 0.96
 
 
-def row_cost(decoder: Qwen3) -> float:
-    """Return the cost of each further row of a pass on the default device, in passes of one row.
-
-    Of matrices in several forms it is the mean, by their sizes.
-    """
+def pass_cost(decoder: Qwen3) -> PassCost:
+    """Return what passes cost on the default device; of matrices in several forms the mean, by their sizes."""
     device = "gpu" if mx.default_device().type == mx.DeviceType.gpu else "cpu"
     sizes: dict[str, int] = {}
     weights: list[tuple[str, mx.array]] = tree_flatten(decoder.parameters())  # type: ignore[assignment]
@@ -55,7 +73,17 @@ def row_cost(decoder: Qwen3) -> float:
         if weight.ndim == 2 and weight.dtype in _FORMS:
             form, elements = _FORMS[weight.dtype]
             sizes[form] = sizes.get(form, 0) + elements * weight.size
-    return sum(_ROW_COSTS[device, form] * size for form, size in sizes.items()) / max(1, sum(sizes.values()))
+    total = max(1, sum(sizes.values()))
+    shares = [(_COSTS[device, form], size / total) for form, size in sizes.items()]
+    return PassCost(
+        row=sum(cost.row * share for cost, share in shares),
+        free=int(sum(cost.free * share for cost, share in shares) + 0.5),
+    )
+
+
+def row_cost(decoder: Qwen3) -> float:
+    """Return what each row costs that does not come free, in passes over one."""
+    return pass_cost(decoder).row
 
 
 def drafts_pay(decoder: Qwen3) -> bool:
@@ -86,14 +114,14 @@ class Stakes:
     """Decides how many drafted tokens the next pass verifies, and keeps the account of what that gains and costs.
 
     Args:
-        row_cost: Cost of each row after the first, in passes of one row.
+        cost: What passes cost.
         tokens: About how many tokens will come: what may be wasted is a small part of their plain cost.
         longest: Drafted tokens of a pass at most.
     """
 
-    row_cost: float
+    cost: PassCost
     tokens: int
-    longest: int = 31
+    longest: int = 23
     after_hit: Chance = field(default_factory=lambda: Chance(*_AFTER_HIT))
     after_miss: Chance = field(default_factory=lambda: Chance(*_AFTER_MISS))
     debt: float = 0.0
@@ -108,7 +136,7 @@ class Stakes:
 
     def pay(self, rows: int, tokens: int) -> None:
         """Enter a pass over `rows` rows that gave `tokens` tokens."""
-        self.debt += 1 + self.row_cost * (rows - 1) - tokens
+        self.debt += self.cost.of(rows) - tokens
 
     def run_length(self, done: int, most: int) -> int:
         """Choose how many drafted tokens to verify next.
@@ -126,17 +154,16 @@ class Stakes:
         """
         if not self._ever_hit:
             return 0
-        most = min(most, self.longest)
         loss_allowed = _STAKE * max(done, self.tokens) + _TRUST * self._hit - self.debt
-        if self.row_cost > 0:
-            most = min(most, int(loss_allowed / self.row_cost)) if loss_allowed > 0 else 0
         again = self.after_hit.value
         reach = again if self._hit else self.after_miss.value  # chance that a run gets as far as its last token
-        expected, best, best_rate = 1.0, 0, 1.0
-        for length in range(1, most + 1):
+        expected, best, best_rate = 1.0, 0, _GAIN
+        for length in range(1, min(most, self.longest) + 1):
+            cost = self.cost.of(1 + length)
+            if cost - 1 > loss_allowed:
+                break
             expected += reach
             reach *= again
-            rate = expected / (1 + self.row_cost * length)
-            if rate > best_rate:
-                best, best_rate = length, rate
+            if expected / cost > best_rate:
+                best, best_rate = length, expected / cost
         return best

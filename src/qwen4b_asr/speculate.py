@@ -24,7 +24,7 @@ from .cache import KVCache
 from .decoder import Qwen3
 from .draft import Place
 from .generate import Generation, GenerationOptions
-from .pass_costs import Stakes, row_cost
+from .pass_costs import Stakes, pass_cost
 from .sampling import GreedyChain, Sampler, best_two
 
 # What rounding may change in the lead of a token, in units of the dtype's precision times the largest logit. Passes of
@@ -80,7 +80,7 @@ class DraftedGeneration(Generation):
         stops = set(options.stop_token_ids)
         self._place = Place([token for token in draft if token not in stops])
         tokens = min(options.max_tokens, len(self._place.draft))
-        self._stakes = stakes or Stakes(row_cost(decoder), tokens)
+        self._stakes = stakes or Stakes(pass_cost(decoder), tokens)
         self._sampler = Sampler(options.sampling)
         self._doubt = 0.0
         self._chosen: list[int] = []  # certain tokens; the cache holds all but the last

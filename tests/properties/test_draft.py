@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from qwen4b_asr import pass_costs
 from qwen4b_asr.decoder import DecoderConfig, Qwen3
 from qwen4b_asr.draft import Drafter, Place
-from qwen4b_asr.pass_costs import Stakes, drafts_pay, row_cost
+from qwen4b_asr.pass_costs import PassCost, Stakes, drafts_pay, pass_cost
 from qwen4b_asr.pieces import PieceKind, PieceTable
 from qwen4b_asr.quantization import Quantization, Scheme
 from qwen4b_asr.rich_decoding import RichDecoder
@@ -91,10 +91,12 @@ def test_a_place_is_right_again_two_tokens_after_any_edit(data: Any) -> None:
 # --- Stakes -------------------------------------------------------------------------------------------------------
 
 
-@given(st.data(), st.sampled_from([0.01, 0.03, 0.2, 0.5, 0.95]), st.integers(0, 200), st.floats(0, 1))
-def test_no_draft_wastes_more_than_its_stake(data: Any, cost: float, tokens: int, quality: float) -> None:
+@given(
+    st.data(), st.sampled_from([0.01, 0.04, 0.2, 0.5, 0.95]), st.integers(1, 9), st.integers(0, 200), st.floats(0, 1)
+)
+def test_no_draft_wastes_more_than_its_stake(data: Any, cost: float, free: int, tokens: int, quality: float) -> None:
     dice = random.Random(data.draw(st.integers(0, 10_000)))
-    stakes, done, spent = Stakes(cost, tokens), 1, 0.0
+    stakes, done, spent = Stakes(PassCost(cost, free), tokens), 1, 0.0
     stakes.learn(dice.random() < quality)
     while done < 200:
         length = stakes.run_length(done, 40)
@@ -105,14 +107,13 @@ def test_no_draft_wastes_more_than_its_stake(data: Any, cost: float, tokens: int
         for hit in [*[True] * right, length == right and dice.random() < quality]:
             stakes.learn(hit)
         stakes.pay(1 + length, right + 1)
-        done, spent = done + right + 1, spent + 1 + cost * length
-        trust = 0.5 if quality else 0.0
-        assert spent <= (done - 1) + 0.02 * max(done, tokens) + trust + 1e-9
+        done, spent = done + right + 1, spent + stakes.cost.of(1 + length)
+        assert spent <= (done - 1) + 0.015 * max(done, tokens) + (0.3 if quality else 0.0) + 1e-9
         assert stakes.debt == pytest.approx(spent - (done - 1))
 
 
 def test_a_good_draft_is_taken_in_long_runs_and_a_bad_one_not_at_all():
-    good, bad = Stakes(0.03, 100), Stakes(0.03, 100)
+    good, bad = Stakes(PassCost(0.03), 100), Stakes(PassCost(0.03), 100)
     for _ in range(40):
         good.learn(True)
         bad.learn(False)
@@ -121,10 +122,26 @@ def test_a_good_draft_is_taken_in_long_runs_and_a_bad_one_not_at_all():
     assert bad.run_length(40, 1000) == 0
 
 
+def test_nothing_is_staked_before_the_draft_was_right_once():
+    stakes = Stakes(PassCost(0.0, run=0.0), 1000)
+    stakes.learn(False)
+    assert stakes.run_length(1, 100) == 0
+    stakes.learn(True)
+    assert stakes.run_length(2, 100) > 0
+
+
+def test_rows_that_come_free_are_taken_and_those_that_do_not_are_paid():
+    cost = PassCost(0.5, free=8, run=0.1)
+    assert [cost.of(rows) for rows in (1, 2, 8, 9, 10)] == pytest.approx([1, 1.1, 1.1, 1.6, 2.1])
+    stakes = Stakes(cost, 1000)
+    stakes.learn(True)
+    assert stakes.run_length(1, 100) == 7
+
+
 def test_runs_are_shorter_where_rows_cost_more():
     lengths = []
     for cost in (0.01, 0.1, 0.3, 0.6):
-        stakes = Stakes(cost, 1000)
+        stakes = Stakes(PassCost(cost), 1000)
         stakes.learn(True)
         lengths.append(stakes.run_length(1, 1000))
     assert lengths == sorted(lengths, reverse=True)
@@ -136,19 +153,23 @@ def test_rows_cost_what_was_measured_for_the_kind_of_weights(monkeypatch):
     sizes: dict[str, Any] = {"vocab_size": 32, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
     sizes |= {"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 32}
     dense = Qwen3(DecoderConfig(**sizes))
-    assert row_cost(dense) < 0.1
+    assert pass_cost(dense).row < 0.1
     assert drafts_pay(dense)
     small = Qwen3(DecoderConfig(**sizes))
     small.set_dtype(mx.bfloat16)
-    assert 0.1 < row_cost(small) < 0.5
+    assert 0.1 < pass_cost(small).row < 0.5
     quantised = Qwen3(DecoderConfig(**sizes, quantization=Quantization(Scheme(32, 4))))
-    assert row_cost(quantised) > 0.5
+    assert pass_cost(quantised).row > 0.5
     half = Quantization(Scheme(32, 4), {"model.embed_tokens": None})
-    assert row_cost(dense) < row_cost(Qwen3(DecoderConfig(**sizes, quantization=half))) < row_cost(quantised)
+    assert (
+        pass_cost(dense).row
+        < pass_cost(Qwen3(DecoderConfig(**sizes, quantization=half))).row
+        < pass_cost(quantised).row
+    )
     assert not drafts_pay(quantised)
     monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
     assert drafts_pay(quantised)
-    assert {device for device, _ in pass_costs._ROW_COSTS} == {"cpu", "gpu"}
+    assert {device for device, _ in pass_costs._COSTS} == {"cpu", "gpu"}
 
 
 # --- The CTC head's text ------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from qwen4b_asr.decoder import DecoderConfig, Qwen3
 from qwen4b_asr.generate import Generation, GenerationOptions
-from qwen4b_asr.pass_costs import Stakes
+from qwen4b_asr.pass_costs import PassCost, Stakes
 from qwen4b_asr.quantization import Quantization, Scheme, quantize_modules
 from qwen4b_asr.sampling import Sampler, SamplingOptions, best_two
 from qwen4b_asr.speculate import DraftedGeneration
@@ -60,7 +60,7 @@ def edits(draw: st.DrawFn, tokens: list[int]) -> list[int]:
 def stakes(draw: st.DrawFn) -> Stakes | None:
     """Reckless ones, that draft whatever happens, and the careful ones of real use."""
     costs = draw(st.sampled_from([None, 0.0, 0.03, 0.3]))
-    return None if costs is None else Stakes(costs, draw(st.integers(1, 60)), draw(st.integers(1, 40)))
+    return None if costs is None else Stakes(PassCost(costs), draw(st.integers(1, 60)), draw(st.integers(1, 40)))
 
 
 @st.composite
@@ -109,7 +109,7 @@ def test_a_perfect_draft_saves_nearly_all_passes(seed: int) -> None:
     model, prompt = decoder(seed, "dense"), rows(5, CONFIG.hidden_size, seed)
     chosen = GenerationOptions(48, (), SamplingOptions(repetition_penalty=1.2, no_repeat_ngram=4))
     wanted = list(Generation(model, prompt, chosen))
-    drafted = DraftedGeneration(model, prompt, chosen, wanted, stakes=Stakes(0.03, 48, longest=31))
+    drafted = DraftedGeneration(model, prompt, chosen, wanted, stakes=Stakes(PassCost(0.03), 48, longest=31))
     assert list(drafted) == wanted
     assert drafted.decoder_passes <= 4
     assert drafted.accepted == drafted.drafted >= 44
@@ -121,7 +121,7 @@ def test_a_draft_may_end_in_stop_tokens_or_hold_them() -> None:
     chosen = GenerationOptions(30, (truth[12], 3), SamplingOptions(no_repeat_ngram=1))
     stop = next(i for i, token in enumerate(truth) if token in (truth[12], 3))
     for draft in (truth, [*truth[:stop], 3, 3], [3, *truth]):
-        drafted = DraftedGeneration(model, prompt, chosen, draft, stakes=Stakes(0.0, 30))
+        drafted = DraftedGeneration(model, prompt, chosen, draft, stakes=Stakes(PassCost(0.0), 30))
         assert list(drafted) == truth[:stop]
         assert drafted.finish_reason == "stop"
         assert drafted.decoder_passes < stop

@@ -5,7 +5,8 @@
     python tools/bench/drafts.py --layers 8 --tokens 96 --rounds 3 --errors 0 0.05 0.2
     python tools/bench/drafts.py --costs                what a pass over k rows costs, in passes over one
 
-The ways take turns, round by round, and ratios are of one round: on a busy machine trust them more than the seconds.
+The ways take turns, round by round, and ratios are of one round: on a busy machine trust them more than the seconds,
+and those of processor time most, with OPENBLAS_NUM_THREADS=1, since threads that wait for each other take it too.
 Every text is compared with that of plain decoding, token by token.
 """
 
@@ -42,6 +43,7 @@ class Saving:
         passes: Of plain decoding for one with the draft.
         time: Seconds of plain decoding for one with the draft, the prefill left out: the median of all rounds.
         times: All rounds.
+        processor: As `time`, in processor time of the whole process.
         drafted: Tokens verified.
         accepted: How many were right.
     """
@@ -51,6 +53,7 @@ class Saving:
     passes: float
     time: float
     times: tuple[float, ...]
+    processor: float
     drafted: int
     accepted: int
 
@@ -116,20 +119,32 @@ def savings(decoder: Qwen3, tokens: int, errors: Sequence[float], rounds: int, s
     config = decoder.config
     prompt = mx.random.normal((PROMPT_ROWS, config.hidden_size), key=mx.random.key(seed)) * 0.02
     options = GenerationOptions(tokens, (), SamplingOptions(repetition_penalty=1.2, no_repeat_ngram=4))
-    wanted = _run(Generation(decoder, prompt, options)).tokens
+    wanted = _run(Generation(decoder, prompt, options))[0].tokens
     drafts = [corrupt(wanted, rate, config.vocab_size, seed + i) for i, rate in enumerate(errors)]
     times: list[list[float]] = [[] for _ in errors]
+    processor: list[list[float]] = [[] for _ in errors]
     found: list[tuple[float, int, int]] = [(0.0, 0, 0)] * len(errors)
     for _ in range(rounds):
-        plain = _run(Generation(decoder, prompt, options))
+        plain, plain_seconds = _run(Generation(decoder, prompt, options))
         for i, draft in enumerate(drafts):
             drafted = DraftedGeneration(decoder, prompt, options, draft)
-            if _run(drafted).tokens != wanted:
+            _, seconds = _run(drafted)
+            if drafted.tokens != wanted:
                 raise RuntimeError(f"a draft with {errors[i]:.0%} errors changed the text")
+            processor[i].append(plain_seconds / seconds)
             times[i].append(plain.decode_seconds / drafted.decode_seconds)
             found[i] = plain.decoder_passes / drafted.decoder_passes, drafted.drafted, drafted.accepted
     return [
-        Saving(rate, len(wanted), found[i][0], statistics.median(times[i]), tuple(times[i]), *found[i][1:])
+        Saving(
+            errors=rate,
+            tokens=len(wanted),
+            passes=found[i][0],
+            time=statistics.median(times[i]),
+            times=tuple(times[i]),
+            processor=statistics.median(processor[i]),
+            drafted=found[i][1],
+            accepted=found[i][2],
+        )
         for i, rate in enumerate(errors)
     ]
 
@@ -188,10 +203,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _run(generation: Generation) -> Generation:
-    for _ in generation:
+def _run(generation: Generation) -> tuple[Generation, float]:
+    """Run to the end; also return the seconds of processor time from the first token on."""
+    tokens = iter(generation)
+    next(tokens)
+    start = time.process_time()
+    for _ in tokens:
         pass
-    return generation
+    return generation, time.process_time() - start
 
 
 if __name__ == "__main__":
