@@ -23,7 +23,7 @@ from .batch_generate import BatchGeneration, Prompt
 from .errors import AudioError, BatchError
 from .listen import Listener, Stopwatch
 from .nano_adaptor import NanoAdaptorConfig, rows_kept
-from .pass_costs import row_cost
+from .pass_costs import pass_cost
 from .recognise import HeardWindow, Recogniser
 from .segment import split_at_pauses
 from .transcript import TranscribeOptions, Transcript
@@ -38,8 +38,8 @@ OnTranscript: TypeAlias = Callable[[int, BatchResult], None]
 # Windows that are sorted by length at a time, in batches: the more, the less padding, and the more audio is held.
 _BATCHES_AHEAD = 8
 _USUAL = 8
-# A further row of a pass that costs so much of the first one leaves too little to share.
-_MOST_ROW_COST = 0.75
+# A pass for several that costs so much of theirs alone leaves too little to share.
+_MOST_COST = 0.75
 
 
 def transcribe_batch(
@@ -188,7 +188,7 @@ class _Writing:
         self.transcriber = transcriber
         self.options = options
         # A draft is verified for one text at a time.
-        alone = options.draft is True or row_cost(transcriber.model.decoder) > _MOST_ROW_COST
+        alone = options.draft is True or pass_cost(transcriber.model.decoder).of(_USUAL) > _MOST_COST * _USUAL
         self.batch_size = 1 if alone else _USUAL
 
     def alone(self, recording: Recording) -> Transcript:

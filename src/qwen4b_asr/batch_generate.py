@@ -92,7 +92,8 @@ class BatchGeneration:
         redone: Rows that were decoded anew alone.
 
     Raises:
-        ValueError: If there is no slot; on iteration, if a prompt is empty or does not fit into the model's context.
+        ValueError: If there is no slot; on iteration, if a prompt is empty or does not fit into the model's context, or
+            keys and values are to be quantised.
     """
 
     def __init__(self, decoder: Qwen3, prompts: Iterable[Prompt], batch_size: int = 8) -> None:
@@ -134,6 +135,8 @@ class BatchGeneration:
         start = time.perf_counter()
         for row in group:
             Generation(self._decoder, row.inputs_embeds, row.options)  # refuses what does not fit
+            if row.options.kv_bits is not None:
+                raise ValueError(f"[BatchGeneration] kv_bits must be None but got {row.options.kv_bits}")
         longest = max(row.inputs_embeds.shape[0] for row in group)
         padding = [longest - row.inputs_embeds.shape[0] for row in group]
         inputs = mx.stack([mx.pad(row.inputs_embeds, [(n, 0), (0, 0)]) for n, row in zip(padding, group, strict=True)])

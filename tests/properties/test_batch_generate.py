@@ -96,6 +96,8 @@ def test_misuse_is_refused():
         list(BatchGeneration(decoder, [(rows(3, WIDTH)[:0], GenerationOptions(2, ()))]))
     with pytest.raises(ValueError, match="must fit into 4096 positions"):
         list(BatchGeneration(decoder, [(rows(3, WIDTH), GenerationOptions(5000, ()))]))
+    with pytest.raises(ValueError, match="kv_bits must be None but got 8"):
+        list(BatchGeneration(decoder, [(rows(3, WIDTH), GenerationOptions(2, (), kv_bits=8))]))
     assert list(BatchGeneration(decoder, [])) == []
 
 
