@@ -125,6 +125,7 @@ def test_a_draft_may_end_in_stop_tokens_or_hold_them() -> None:
         assert list(drafted) == truth[:stop]
         assert drafted.finish_reason == "stop"
         assert drafted.decoder_passes < stop
+        assert drafted.accepted < stop  # the first token was no pass's, and the stop is no part of the text
 
 
 def test_misuse_is_refused() -> None:
