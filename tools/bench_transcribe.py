@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from bench.session import Plan
 
-SECTIONS = ("listen", "write", "grow")
+SECTIONS = ("listen", "write", "draft", "batch", "grow")
 DOCUMENT = Path(__file__).resolve().parent / "README.md"
 
 
@@ -52,6 +52,8 @@ def arguments() -> argparse.ArgumentParser:
     add("--compare-seconds", type=float, default=10.0, metavar="S", help="length beside the others (%(default)s)")
     add("--tokens", type=int, default=32, metavar="N", help="to decode beside the others (%(default)s)")
     add("--tokens-per-second", type=float, default=4.0, metavar="N", help="of audio, for the whole (%(default)s)")
+    add("--draft-errors", type=numbers, default=(0.05, 1.0), metavar="A,B", help="shares of a draft that are wrong")
+    add("--batch", type=numbers, default=(1.0, 2.0, 4.0, 8.0), metavar="A,B", help="utterances side by side (1,2,4,8)")
     add("--rounds", type=int, default=7, metavar="N", help="of each stage, at most (%(default)s)")
     add("--budget", type=float, default=60.0, metavar="S", help="begin no round of a stage later (%(default)s)")
     add("--work-dir", type=Path, metavar="DIR", help="for the weights while it runs (a temporary one)")
@@ -104,6 +106,8 @@ def make_plan(parser: argparse.ArgumentParser, options: argparse.Namespace) -> P
         seconds=options.compare_seconds,
         tokens=options.tokens,
         tokens_per_second=options.tokens_per_second,
+        draft_errors=options.draft_errors,
+        batches=tuple(int(size) for size in options.batch),
         rounds=options.rounds,
         budget=options.budget,
         threads=options.threads,

@@ -189,12 +189,28 @@ def test_a_side_that_computes_something_else_is_left_out(fake, tmp_path):
         side.ask("build", size=size)
     stages = rounds.stages_of(trio, Path(inputs))
     assert list(stages) == ["double", "generate", "own", "broken"]
-    agreeing, gaps = rounds.checked(trio, "double", tmp_path, tokens=False)
-    assert [side.name for side in agreeing] == ["own", "same"]
-    assert gaps["same"] == pytest.approx(1e-6)
-    assert gaps["other"] == pytest.approx(0.1)
-    agreeing, gaps = rounds.checked(trio, "generate", tmp_path, tokens=True)
-    assert (len(agreeing), gaps) == (3, {"same": None, "other": None})
+    check = rounds.check(trio, "double", tmp_path, tokens=False)
+    assert [side.name for side in check.agreeing] == ["own", "same"]
+    assert check.gaps == {"same": pytest.approx(1e-6)}
+    assert check.problems == {"other": "its rows are 1.0e-01 off (relative L2)"}
+    check = rounds.check(trio, "generate", tmp_path, tokens=True)
+    assert (len(check.agreeing), check.gaps, check.problems) == (3, {"same": None, "other": None}, {})
+    trio[1].ask("inputs", path=saved(tmp_path / "more.npz", x=np.ones(5)))
+    trio[2].ask = lambda *_, **__: {"tokens": [3, 7, 2]}  # type: ignore[method-assign]
+    assert "must agree" in rounds.check(trio[:2], "double", tmp_path, tokens=False).problems["same"]
+    assert rounds.check(trio, "generate", tmp_path, tokens=True).problems == {"other": "its token 1 is [7], not [1]"}
+    with pytest.raises(sides.SideError, match="ZeroDivisionError"):
+        rounds.check(trio, "broken", tmp_path, tokens=False)
+    assert (
+        "KeyError" in rounds.check([trio[0], fake_without(trio[1])], "double", tmp_path, tokens=False).problems["same"]
+    )
+
+
+def fake_without(side: sides.Side) -> sides.Side:
+    """A side that does not have what it is asked for any more."""
+    asked = side.ask
+    side.ask = lambda do, **request: asked(do, **{**request, "stage": "gone"})  # type: ignore[method-assign]
+    return side
 
 
 # --- Tables ---------------------------------------------------------------------------------------------------------
@@ -203,7 +219,8 @@ def test_a_side_that_computes_something_else_is_left_out(fake, tmp_path):
 def plan(**changes: Any) -> session.Plan:
     chosen = session.Plan(
         model=None, shape="qwen3-0.6b", dtype="float32", bits=None, layers=None, sections=("listen", "write", "grow"),
-        peers=(), lengths=(5.0, 10.0), seconds=10.0, tokens=11, tokens_per_second=4.0, rounds=3, budget=1.0,
+        peers=(), lengths=(5.0, 10.0), seconds=10.0, tokens=11, tokens_per_second=4.0,
+        draft_errors=(0.05,), batches=(8,), rounds=3, budget=1.0,
         threads=2, preload=True, pythons={}, folder=Path("x"),
     )  # fmt: skip
     return replace(chosen, **changes)
@@ -234,6 +251,19 @@ def result() -> session.Result:
             "grow": [times(stage, s, own=0.1 * s) for s in (5.0, 10.0) for stage in ("encoder", "whole")],
         },
         ceilings=[9e9, 10e9, 11e9],
+        savings=[
+            {"errors": 0.05, "tokens": 96, "passes": 4.0, "time": 2.4, "processor": 2.6, "drafted": 9, "accepted": 8}
+        ],
+        gains=[
+            {
+                "size": 8,
+                "batch": [9.0, 12.0],
+                "single": [3.0, 3.0],
+                "steps": [3.5, 4.5],
+                "whole": [3.0, 3.0],
+                "redone": 0,
+            }
+        ],
         prompt_rows=50,
         decoder_bytes=10**9,
         memory={"5 s": {"framework_bytes": 3 * 10**9, "process_bytes": None}},
@@ -255,8 +285,11 @@ def test_the_bars_are_read_from_the_rows():
         "encoder, times torch's speed": pytest.approx(0.5),
         "decode, times mlx-lm's tokens per second": pytest.approx(1.25),
         "decode, share of the bandwidth ceiling": pytest.approx(0.5),  # 5 tokens of 1 GB in a second, of 10 GB
+        "draft with 5 % of its tokens wrong, times fewer passes": 4.0,
+        "draft with 5 % of its tokens wrong, times as fast as plain": 2.4,
+        "batch of 8, times as many tokens per second": 4.0,
     }
-    assert [bar.verdict for bar in found.values()] == ["met", "missed", "met", "missed"]
+    assert [bar.verdict for bar in found.values()] == ["met", "missed", "met", "missed", "met", "missed", "met"]
     empty = speech_table.bars(session.Result(), plan())
     assert {bar.verdict for bar in empty} == {"not measured"}
 
@@ -274,6 +307,10 @@ def test_the_block_says_what_ran_and_what_came_out():
         "| adaptor | 10.0 | 20.0 | – | – | – | – | – | – |",
         "Tokens per second, prompt of 50 rows, 11 tokens: mlx-lm 4.00 (prefill 83.3); qwen4b-asr 5.00 (prefill 100).",
         "A token reads 1.000 GB of weights; the machine read at most 10.0 GB/s in the same rounds: 50 % of it.",
+        "| 5 % | 96 | 9 | 8 | 4.00 | 2.40 | 2.60 |",
+        "| 8 | 10.5 | 3.00 | 4.00 | 3.00 |",
+        "| bar | wanted | measured |  |",
+        "| encoder, times torch's speed | 0.8 | 0.50 | missed |",
         "| 5 | 500 | 500 | 20 | 0.100 | 3000 |",
         "| 10 | 1000 | 1000 | 40 | 0.100 | – |",
         "* qwen4b-asr: mlx 1.0, libx.so, 2 threads.",
@@ -283,6 +320,14 @@ def test_the_block_says_what_ran_and_what_came_out():
         "* funasr-mlx: it has nothing like what was asked for.",
     ):
         assert line in text.splitlines()
+
+
+def test_a_bar_is_shown_where_it_was_measured_at_full_size():
+    assert "| bar |" not in speech_table.block(result(), plan(model="demo"), RUN, "Toy")
+    partly = session.Result(rows={"listen": result().rows["listen"]})
+    shown = speech_table.block(partly, plan(), RUN, "Toy")
+    assert "mlx-audio's speed" in shown
+    assert "bandwidth" not in shown
 
 
 def test_the_weights_are_named():
@@ -318,7 +363,7 @@ def test_the_command_is_shown_without_places():
     ("words", "said"),
     [
         (["--against", "whisper"], "--against whisper: must be one of mlx-lm, mlx-audio, funasr-mlx, torch"),
-        (["--sections", "sing"], "--sections sing: must be one of listen, write, grow"),
+        (["--sections", "sing"], "--sections sing: must be one of listen, write, draft, batch, grow"),
         (["--shape", "qwen3-8b"], "--shape qwen3-8b: must be one of qwen3-0.6b, qwen3-1.7b, qwen3-4b"),
         (["--tokens", "1"], "--tokens must be at least 2"),
     ],

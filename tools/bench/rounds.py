@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from .sides import Side
+from .sides import Side, SideError
 
 LEAST_ROUNDS = 3
 STATES_LIMIT = 1e-4
@@ -78,18 +78,6 @@ def same_tokens(got: Sequence[int], wanted: Sequence[int]) -> int | None:
     if list(got) == list(wanted):
         return None
     return next((i for i, (a, b) in enumerate(zip(got, wanted, strict=False)) if a != b), min(len(got), len(wanted)))
-
-
-def compare_rows(sides: Sequence[Side], stage: str, folder: Path) -> dict[str, float]:
-    """Return how far each peer's result of a stage is from the first side's."""
-    arrays = {}
-    for side in sides:
-        path = folder / f"{side.name}.npy"
-        side.ask("save", stage=stage, path=str(path))
-        arrays[side.name] = np.load(path)
-        path.unlink()
-    wanted = arrays.pop(sides[0].name)
-    return {name: relative_difference(array, wanted) for name, array in arrays.items()}
 
 
 def take(
@@ -183,8 +171,23 @@ def stages_of(sides: Sequence[Side], path: Path) -> dict[str, list[Side]]:
     return {stage: [side for side in sides if stage in answers[side.name]] for stage in own}
 
 
-def checked(sides: Sequence[Side], stage: str, folder: Path, tokens: bool) -> tuple[list[Side], dict[str, Any]]:
-    """Compare a stage's results; a peer whose result is another one is left out, since its time means nothing.
+@dataclass
+class Check:
+    """What came of comparing a stage's results before timing it.
+
+    Attributes:
+        agreeing: The sides that may be timed; a result that is another one makes the time mean nothing.
+        gaps: Peer that agrees -> relative difference of its rows, or None where its ids are equal.
+        problems: Peer that does not -> why.
+    """
+
+    agreeing: list[Side]
+    gaps: dict[str, float | None] = field(default_factory=dict)
+    problems: dict[str, str] = field(default_factory=dict)
+
+
+def check(sides: Sequence[Side], stage: str, folder: Path, tokens: bool) -> Check:
+    """Compare a stage's results.
 
     Args:
         sides: Which; the first is compared with.
@@ -192,12 +195,37 @@ def checked(sides: Sequence[Side], stage: str, folder: Path, tokens: bool) -> tu
         folder: For files in between.
         tokens: Whether the results are token ids.
 
-    Returns:
-        The sides that agree, and name -> difference; for ids None means equal, else the first place that differs.
+    Raises:
+        SideError: If the first side cannot run it.
     """
+    wanted = _result(sides[0], stage, folder, tokens)
+    found = Check([sides[0]])
+    for side in sides[1:]:
+        try:
+            got = _result(side, stage, folder, tokens)
+            gap = None if tokens else relative_difference(got, wanted)
+            place = same_tokens(got, wanted) if tokens else None
+        except (SideError, ValueError) as error:
+            found.problems[side.name] = str(error)
+            continue
+        if place is not None:
+            found.problems[side.name] = (
+                f"its token {place} is {got[place : place + 1]}, not {wanted[place : place + 1]}"
+            )
+        elif gap is not None and not gap <= STATES_LIMIT:
+            found.problems[side.name] = f"its rows are {gap:.1e} off (relative L2)"
+        else:
+            found.agreeing.append(side)
+            found.gaps[side.name] = gap
+    return found
+
+
+def _result(side: Side, stage: str, folder: Path, tokens: bool) -> Any:
+    """Return token ids, or an array that travels in a file."""
     if tokens:
-        ids = {side.name: side.ask("run", stage=stage)["tokens"] for side in sides}
-        found: dict[str, Any] = {s.name: same_tokens(ids[s.name], ids[sides[0].name]) for s in sides[1:]}
-        return [sides[0], *(side for side in sides[1:] if found[side.name] is None)], found
-    gaps = compare_rows(sides, stage, folder) if len(sides) > 1 else {}
-    return [sides[0], *(side for side in sides[1:] if gaps[side.name] <= STATES_LIMIT)], dict(gaps)
+        return side.ask("run", stage=stage)["tokens"]
+    path = folder / f"{side.name}.npy"
+    side.ask("save", stage=stage, path=str(path))
+    array = np.load(path)
+    path.unlink()
+    return array

@@ -1,7 +1,8 @@
 """A run of `tools/bench_transcribe.py`: which sides do what, in which order, and what comes out.
 
-Sections: ``listen`` (encoder, CTC head, adaptor; beside the peers), ``write`` (prefill and decode; likewise) and
-``grow`` (everything together, by length of audio; this project alone). A side holds only its section's part in memory.
+Sections: ``listen`` (encoder, CTC head, adaptor; beside the peers), ``write`` (prefill and decode; likewise),
+``draft`` and ``batch`` (decoding with a draft, and side by side, against plain decoding) and ``grow`` (everything
+together, by length of audio), these three of this project alone. A side holds only its section's part in memory.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ from . import rounds
 from .rounds import Row
 from .sides import OWN, Peer, Side, SideError, environment, start
 
+# A draft's first pass and its last one cost the same whatever the length: as many tokens as half a minute has.
+_DRAFT_TOKENS = 96
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -28,12 +32,14 @@ class Plan:
         dtype: Of the decoder.
         bits: Of its matrices; None leaves them as they are.
         layers: Of the decoder; None for all.
-        sections: Any of ``listen``, ``write``, ``grow``.
+        sections: Any of ``listen``, ``write``, ``draft``, ``batch``, ``grow``.
         peers: Beside whom.
         lengths: Seconds of audio of the section ``grow``.
         seconds: Seconds of audio of the other two.
         tokens: Tokens that ``write`` decodes.
         tokens_per_second: Tokens that ``grow`` decodes for a second of audio.
+        draft_errors: Shares of a draft's tokens that are wrong.
+        batches: Utterances side by side.
         rounds: At most, for each stage.
         budget: Seconds after which no further round of a stage begins.
         threads: Of OpenBLAS and torch.
@@ -53,6 +59,8 @@ class Plan:
     seconds: float
     tokens: int
     tokens_per_second: float
+    draft_errors: tuple[float, ...]
+    batches: tuple[int, ...]
     rounds: int
     budget: float
     threads: int
@@ -71,6 +79,8 @@ class Result:
         ceilings: Bytes per second that the machine was seen to read, in the rounds of ``write``.
         prompt_rows: Rows of the prompt of ``write``.
         decoder_bytes: Bytes of weights that a token reads.
+        savings: Of drafts (`drafts.Saving`).
+        gains: Of batches (`batches.Gain`).
         memory: Part -> bytes, of this project.
         missing: What could not be run, and why.
     """
@@ -80,6 +90,8 @@ class Result:
     ceilings: list[float] = field(default_factory=list)
     prompt_rows: int = 0
     decoder_bytes: int = 0
+    savings: list[dict[str, Any]] = field(default_factory=list)
+    gains: list[dict[str, Any]] = field(default_factory=list)
     memory: dict[str, dict[str, int | None]] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
 
@@ -122,6 +134,8 @@ def run(plan: Plan, home: Path) -> Result:
             result.missing.append(f"{section}: the model has no language model")
         elif section == "grow":
             _grow(plan, home, setup, result)
+        elif section in ("draft", "batch"):
+            _decoded_otherwise(plan, setup, section, result)
         else:
             _beside(plan, home, setup, section, pythons, result)
     return result
@@ -184,20 +198,40 @@ def _beside(
                 continue
             _say(f"{stage}, {plan.seconds:g} s of audio: {', '.join(side.name for side in having)}")
             tokens = stage == "generate"
-            agreeing, gaps = rounds.checked(having, stage, home, tokens)
-            for side in having:
-                if side not in agreeing:
-                    result.missing.append(f"{side.name}: its {stage} differs from this project's ({gaps[side.name]})")
+            check = rounds.check(having, stage, home, tokens)
+            result.missing += [f"{name}, {stage}: {why}" for name, why in check.problems.items()]
             samples, readings = rounds.take(
-                agreeing, stage, plan.rounds, plan.budget, beside="ceiling" if tokens else None
+                check.agreeing, stage, plan.rounds, plan.budget, beside="ceiling" if tokens else None
             )
             result.ceilings += [reading["bytes_per_second"] for reading in readings]
-            rows = [rounds.row(name, plan.seconds, one, OWN, gaps) for name, one in samples.items()]
+            rows = [rounds.row(name, plan.seconds, one, OWN, check.gaps) for name, one in samples.items()]
             result.rows.setdefault(part, []).extend(rows)
         result.memory[part] = sides[0].ask("peak")
     finally:
         for side in sides:
             side.close()
+
+
+def _decoded_otherwise(plan: Plan, setup: dict[str, Any], section: str, result: Result) -> None:
+    """Time decoding with drafts, or side by side, against plain decoding; both check that the tokens are the same."""
+    side = start(OWN, "worker_own", sys.executable, plan.threads)
+    try:
+        _build(side, setup, ["write"], result)
+        rounds_wanted = max(1, min(plan.rounds, 3))  # a round is several texts
+        if section == "draft":
+            _say(f"draft: {', '.join(f'{rate:.0%}' for rate in plan.draft_errors)} of its tokens wrong")
+            tokens = max(_DRAFT_TOKENS, plan.tokens)
+            answer = side.ask("draft", tokens=tokens, errors=list(plan.draft_errors), rounds=rounds_wanted)
+            result.savings = answer["savings"]
+        else:
+            _say(f"batch: {', '.join(map(str, plan.batches))} side by side")
+            sizes = list(plan.batches)
+            answer = side.ask("batch", sizes=sizes, rows=result.prompt_rows, tokens=plan.tokens, rounds=rounds_wanted)
+            result.gains = answer["gains"]
+    except SideError as error:
+        result.missing.append(str(error))
+    finally:
+        side.close()
 
 
 def _grow(plan: Plan, home: Path, setup: dict[str, Any], result: Result) -> None:

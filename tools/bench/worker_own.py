@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +90,8 @@ class _Loaded:
             prepare_decoder(self.model)
 
     def worker(self) -> Worker:
-        return Worker(about(), self.stages, to_numpy, peak, {"make_inputs": self.make_inputs})
+        verbs = {"make_inputs": self.make_inputs, "draft": self.draft, "batch": self.batch}
+        return Worker(about(), self.stages, to_numpy, peak, verbs)
 
     def make_inputs(self, request: dict[str, Any]) -> dict[str, Any]:
         """Write what every side gets: samples, features, audio states and prompt ids, as far as there are parts."""
@@ -133,6 +134,27 @@ class _Loaded:
         generation = Generation(self.model.decoder, rows, GenerationOptions(tokens, stop_token_ids=()))
         start = time.perf_counter()
         return stamped(iter(generation), start)
+
+    def draft(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Decode with drafts of several error rates, and without."""
+        from bench.drafts import savings
+
+        found = savings(self.model.decoder, request["tokens"], request["errors"], request["rounds"])
+        return {"savings": [asdict(saving) for saving in found]}
+
+    def batch(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Decode utterances side by side, and alone."""
+        from bench.batches import Gain, make_prompts, one_round
+
+        gains = [Gain(size) for size in request["sizes"]]
+        for turn in range(request["rounds"]):
+            for gain in gains:
+                prompts = make_prompts(self.model.decoder, gain.size, request["rows"], request["tokens"])
+                try:
+                    one_round(self.model.decoder, prompts, [turn % gain.size], gain)
+                except SystemExit as error:  # it is a program of its own as well
+                    raise RuntimeError(str(error)) from error
+        return {"gains": [asdict(gain) for gain in gains]}
 
     def whole(self, samples: mx.array, ids: mx.array) -> Timed:
         """Go from samples to tokens; the first token's time holds all that comes before it."""
