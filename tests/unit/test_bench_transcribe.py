@@ -454,6 +454,9 @@ def test_the_shapes_are_the_published_ones():
     nano = model_files.shape_config("qwen3-0.6b", bits=4, layers=3)
     assert nano.decoder is not None
     assert (nano.decoder.num_hidden_layers, nano.decoder.quantization) == (3, Quantization(Scheme(bits=4)))
+    only = model_files.shape_config("qwen3-4b", listens=True)
+    assert only.decoder is not None
+    assert (only.decoder.num_hidden_layers, only.decoder.vocab_size, only.adaptor) == (0, 1, AdaptorConfig())
     assert (nano.query_frames, nano.ctc_size) == (0, 0)
     # 10 s are 998 frames, 167 rows; Nano's decoder gets an eighth, the 4B one all and the four query frames.
     assert model_files.feature_rows(nano, 10.0) == 167

@@ -19,7 +19,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from qwen4b_asr.adaptor import AdaptorConfig
-from qwen4b_asr.config import ModelConfig
+from qwen4b_asr.config import GenerationConfig, ModelConfig
 from qwen4b_asr.decoder import DecoderConfig, Qwen3
 from qwen4b_asr.encoder import EncoderConfig
 from qwen4b_asr.features import FrontendConfig, frame_count
@@ -48,23 +48,29 @@ SHAPES = tuple(_QWEN3)
 """``qwen3-0.6b`` is Fun-ASR-Nano's composition; the others are the 4B system's, its adaptor as wide as they need."""
 
 
-def shape_config(name: str, *, bits: int | None = None, layers: int | None = None) -> ModelConfig:
+def shape_config(
+    name: str, *, bits: int | None = None, layers: int | None = None, listens: bool = False
+) -> ModelConfig:
     """Return the configuration of a model of true shapes.
 
     Args:
         name: One of `SHAPES`.
         bits: Bits of the decoder's matrices, in groups of 64; None leaves them as they are.
         layers: Layers of the decoder; None means all of them.
+        listens: Leave out all of the decoder but its width.
     """
     quantization = None if bits is None else Quantization(Scheme(bits=bits))
     decoder = DecoderConfig(**_QWEN3[name], quantization=quantization)
     if layers is not None:
         decoder = replace(decoder, num_hidden_layers=layers)
-    front = FrontendConfig(cmvn=False)
+    if listens:
+        decoder = DecoderConfig(hidden_size=decoder.hidden_size, vocab_size=1, num_hidden_layers=0)
+    front, stop = FrontendConfig(cmvn=False), GenerationConfig(stop_token_ids=(decoder.vocab_size - 1,))
     if name == "qwen3-0.6b":
         encoder = EncoderConfig(num_queries=0, vocab_size=0)
-        return ModelConfig(name, front, encoder, NanoAdaptorConfig(), decoder, prompt=NanoPromptConfig())
-    return ModelConfig(name, front, EncoderConfig(), AdaptorConfig(output_size=decoder.hidden_size), decoder)
+        return ModelConfig(name, front, encoder, NanoAdaptorConfig(), decoder, None, NanoPromptConfig(), stop)
+    adaptor = AdaptorConfig(output_size=decoder.hidden_size)
+    return ModelConfig(name, front, EncoderConfig(), adaptor, decoder, generation=stop)
 
 
 def feature_rows(config: ModelConfig, seconds: float) -> int:

@@ -152,7 +152,8 @@ def _written(plan: Plan, home: Path) -> dict[str, Any]:
             "dtype": plan.dtype,
             "bits": plan.bits,
             "layers": plan.layers,
-            "peers": sorted({part for peer in plan.peers for part in peer.parts}),
+            "listens": plan.sections == ("listen",),
+            "peers": sorted({part for peer in plan.peers for part in peer.parts if part in plan.sections}),
         }
         side.ask("build", write=wanted, directory=str(home), seconds=[plan.seconds, *plan.lengths])
         return side.facts

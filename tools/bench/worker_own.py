@@ -53,7 +53,9 @@ class _Written:
         wanted, home = setup["write"], Path(setup["directory"])
         if wanted["model"] is None:
             directory = home / "model"
-            config = shape_config(wanted["shape"], bits=wanted["bits"], layers=wanted["layers"])
+            config = shape_config(
+                wanted["shape"], bits=wanted["bits"], layers=wanted["layers"], listens=wanted["listens"]
+            )
             write_random(config, directory, dtype=wanted["dtype"])
         else:
             directory = obtain_model(wanted["model"])
