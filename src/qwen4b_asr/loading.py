@@ -16,7 +16,7 @@ from .errors import ConfigError
 from .joined import join_projections
 from .lora import fuse_lora
 from .machine import hold, kept_buffers, this_machine
-from .memory import PROGRAM_BYTES, plan_memory, require_room
+from .memory import PROGRAM_BYTES, Work, plan_memory, require_room
 from .recognise import Recogniser, find_pieces
 from .tokenizer import Tokenizer
 from .transcribe import Transcriber
@@ -33,6 +33,7 @@ def load(
     adapters: Mapping[str | os.PathLike[str], float] | None = None,
     join: bool = True,
     memory_limit: int | None = None,
+    batch_size: int = 1,
     progress: ProgressBar = no_progress,
 ) -> Transcriber | Recogniser:
     """Load a model.
@@ -49,6 +50,7 @@ def load(
             on a CPU, matrices by columns. The results are the same.
         memory_limit: Bytes that the whole program may take, checked before anything is loaded; without it what the
             machine has, and a warning where little is left.
+        batch_size: Windows that will be worked on at once, for what is checked against the memory.
         progress: Draws a bar while something is downloaded or converted; none by default.
 
     Returns:
@@ -64,7 +66,7 @@ def load(
     if lora not in ("keep", "merge"):
         raise ConfigError(f"lora {lora!r}: choose keep or merge")
     directory: Path = obtain_model(path_or_name, progress=progress)
-    _make_room(directory, os.fspath(path_or_name), dtype, memory_limit)
+    _make_room(directory, os.fspath(path_or_name), dtype, memory_limit, batch_size)
     model, config = load_model(directory, dtype=dtype)
     pieces = find_pieces(directory, config.ctc_size) if config.ctc_size and config.ctc_symbols is None else None
     if config.decoder is None:
@@ -82,15 +84,16 @@ def load(
     return Transcriber(model, config, Tokenizer(directory / "tokenizer.json"), pieces)
 
 
-def _make_room(directory: Path, name: str, dtype: str, limit: int | None) -> None:
+def _make_room(directory: Path, name: str, dtype: str, limit: int | None, batch: int) -> None:
     """Refuse a model that does not fit, warn of one that hardly does, and hold MLX to what was planned."""
     if limit is not None and limit < 1:
         raise ConfigError(f"memory_limit {limit}: must be a number of bytes from 1")
     config = ModelConfig.load(directory)
     decoder_dtype = "bfloat16" if resolve_dtype(dtype) == mx.bfloat16 else "float32"
     kept = kept_buffers()
-    plan = plan_memory(config, decoder_dtype, reserve=kept)
-    warning = require_room(config, plan, this_machine(), limit, model=name)
+    work = Work(batch=batch)
+    plan = plan_memory(config, decoder_dtype, work, reserve=kept)
+    warning = require_room(config, plan, this_machine(), limit, work=work, model=name)
     if warning:
         warnings.warn(warning, RuntimeWarning, stacklevel=3)
     hold(plan.peak, None if limit is None else limit - kept - PROGRAM_BYTES)

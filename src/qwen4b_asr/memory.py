@@ -137,17 +137,17 @@ def plan_memory(config: ModelConfig, dtype: str, work: Work | None = None, *, re
         prompt = kept + _PROMPT_ROWS
         budget = work.max_tokens or config.generation.token_budget(work.seconds)
         width = 2 if dtype == "bfloat16" else _FLOAT
-        cache = work.batch * cache_bytes(config.decoder, prompt + budget, width)
+        step = KVCache().step
+        cache = work.batch * cache_bytes(config.decoder, -(-(prompt + budget) // step) * step, width)
+        cache += cache_bytes(config.decoder, _PROMPT_ROWS, width)  # the text before the audio is kept for the next
         stages["prefill"] = work.batch * _prefill(config.decoder, prompt, width)
         stages["decode"] = work.batch * _LOGIT_ARRAYS * config.decoder.vocab_size * _FLOAT
     return Plan(config.name, dtype, stored_bytes(config, decoder_dtype=dtype), cache, stages, reserve)
 
 
 def cache_bytes(config: DecoderConfig, positions: int, width: int) -> int:
-    """Return the bytes of keys and values of all layers, which grow in whole steps, in a type of `width` bytes."""
-    step = KVCache().step
-    held = -(-positions // step) * step
-    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * held * width
+    """Return the bytes of keys and values of all layers, in a type of `width` bytes."""
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * positions * width
 
 
 def _rows(config: ModelConfig, seconds: float) -> tuple[int, int]:

@@ -10,7 +10,7 @@ import qwen4b_asr
 from qwen4b_asr import loading
 from qwen4b_asr.audio import load_audio
 from qwen4b_asr.cli.main import main
-from qwen4b_asr.machine import KEPT_ON_GPU, Machine
+from qwen4b_asr.machine import KEPT_ON_GPU, Machine, kept_buffers
 from qwen4b_asr.memory import plan_memory
 from qwen4b_asr.weights.paths import weights_data
 from tests.helpers.tiny import save_tiny
@@ -81,6 +81,15 @@ def test_load_warns_where_little_is_left_and_refuses_where_nothing_helps(tmp_pat
     qwen4b_asr.load(folder, memory_limit=1 << 40)
 
 
+def test_a_batch_needs_more(tmp_path):
+    folder = save_tiny(tmp_path / "tiny")
+    config = qwen4b_asr.load(folder).config
+    limit = plan_memory(config, "float32", reserve=kept_buffers()).total
+    qwen4b_asr.load(folder, memory_limit=limit)
+    with pytest.raises(qwen4b_asr.ConfigError, match="but the limit is"):
+        qwen4b_asr.load(folder, memory_limit=limit, batch_size=32)
+
+
 def test_the_limit_reaches_mlx(tmp_path):
     qwen4b_asr.load(save_tiny(tmp_path / "tiny"), memory_limit=5 << 30)
     assert (4 << 30) < mx.get_memory_limit() < (5 << 30)
@@ -141,7 +150,7 @@ def test_the_plan_as_json(capsys):
     assert found["forms"][0]["fits"] == {"8": True, "16": True, "24": True, "32": True}
     one = json.loads(run(capsys, "plan", "demo", "--json")[1])
     assert found["weights"] == one["weights"]
-    assert found["cache"] == 4 * one["cache"]
+    assert one["cache"] < found["cache"] < 4 * one["cache"]  # the text before the audio is kept once
 
 
 @pytest.mark.parametrize(

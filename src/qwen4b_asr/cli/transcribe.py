@@ -112,7 +112,8 @@ class _Job:
                 return 1
         self.paths = paths
         with self.progress:
-            if self.options.stream or self.options.batch_size == 1 or self.options.memory_limit:
+            alone = 1 if self.options.memory_limit else None  # a limit is for one at a time, unless more are asked for
+            if self.options.stream or (self.options.batch_size or alone) == 1:
                 for number, _ in enumerate(self.options.files):
                     self.settle(number, self.one(number))
             else:
@@ -253,6 +254,7 @@ class _Job:
                 lora=self.options.lora,
                 adapters=adapters,
                 memory_limit=self.options.memory_limit,
+                batch_size=self.options.batch_size or 1,
                 progress=byte_progress,
             )
         for warning in caught if not self.options.quiet else ():
