@@ -85,7 +85,7 @@ def own_step(sizes: dict[str, Any], form: dict[str, Any] | None, *, kernels: boo
     with (
         as_on_a_gpu(),
         override("metal", kernel_factory),
-        use("logits_argmax", "qk_norm_rope") if kernels else use("off"),
+        use("add_rms_norm", "logits_argmax", "qk_norm_rope") if kernels else use("off"),
     ):
         decoder = Qwen3(DecoderConfig(**sizes))
         decoder.set_dtype(mx.bfloat16)

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import mlx.core as mx
 import mlx.nn as nn
 
+from .kernels.add_rms_norm import add_rms_norm
 from .kernels.attention import attention
 from .kernels.qk_norm_rope import qk_norm_rope
 from .lora import LoraConfig, build_lora
@@ -180,7 +181,10 @@ def _one_swiglu(gate: mx.array, up: mx.array) -> mx.array:
 
 
 class DecoderLayer(nn.Module):
-    """Pre-norm layer: attention, then MLP, each with its residual."""
+    """Pre-norm layer: attention, then MLP, each with its residual.
+
+    Each sum comes together with the norm that reads it, the last with the first norm of the next layer.
+    """
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -189,10 +193,13 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def __call__(self, x: mx.array, mask: mx.array | None, cache: LayerCache | None) -> mx.array:
-        """Map (B, S, H) to (B, S, H)."""
-        x = x + self.self_attn(self.input_layernorm(x), mask, cache)
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def __call__(
+        self, x: mx.array, normed: mx.array, mask: mx.array | None, cache: LayerCache | None, following: nn.RMSNorm
+    ) -> tuple[mx.array, mx.array]:
+        """Map the stream (B, S, H), with its own norm and the norm that follows the layer, to the next of both."""
+        inner = self.post_attention_layernorm
+        x, normed = add_rms_norm(x, self.self_attn(normed, mask, cache), inner.weight, eps=inner.eps)
+        return add_rms_norm(x, self.mlp(normed), following.weight, eps=following.eps)
 
 
 class Qwen3Model(nn.Module):
@@ -256,9 +263,11 @@ class Qwen3(nn.Module):
         if mask is not None and (mask.ndim != 2 or mask.shape[0] != batch or mask.shape[1] < rows):
             raise ValueError(f"[Qwen3] mask must be ({batch}, held + {rows}) but got {mask.shape}")
         attention_mask = None if mask is None else padded_causal_mask(mask, rows)
+        norms = [*(layer.input_layernorm for layer in layers), self.model.norm]
+        normed: mx.array = norms[0](x)
         for i, layer in enumerate(layers):
-            x = layer(x, attention_mask, None if cache is None else cache[i])
-        return self.model.norm(x)
+            x, normed = layer(x, normed, attention_mask, None if cache is None else cache[i], norms[i + 1])
+        return normed
 
     def logits(self, hidden: mx.array) -> mx.array:
         """Score the vocabulary for hidden states (..., H); returns (..., V)."""

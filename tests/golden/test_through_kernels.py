@@ -21,9 +21,9 @@ from . import checks
 from .support import GoldenMismatch, compare, golden
 
 ENCODER = {"fsmn", "attention"}
-DECODER = {"qk_norm_rope", "attention"}
-STEPS = {"qk_norm_rope"}  # of up to 8 rows, whose attention is MLX's own on every device
-GENERATION = {"qk_norm_rope", "logits_argmax"}
+DECODER = {"add_rms_norm", "qk_norm_rope", "attention"}
+STEPS = {"add_rms_norm", "qk_norm_rope"}  # of up to 8 rows, whose attention is MLX's own on every device
+GENERATION = {"add_rms_norm", "qk_norm_rope", "logits_argmax"}
 
 
 @pytest.fixture(autouse=True)

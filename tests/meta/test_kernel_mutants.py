@@ -88,6 +88,30 @@ ATTENTION = {
     ),
 }  # fmt: skip
 
+ADD_RMS_NORM = {
+    "tiny-prompt": (
+        Mutant("stream dropped", "static_cast<float>(x[start + i]) + static_cast<float>(delta[start + i]));\n  total",
+               "static_cast<float>(delta[start + i]));\n  total", "numbers"),
+        Mutant("epsilon as large as the values", "squares / width + eps", "squares / width + 1.0f", "numbers"),
+        Mutant("mean dropped", "squares / width + eps", "squares + eps", "numbers"),
+        Mutant("one SIMD group left out", "for (int j = 0; j < GROUPS; j++)", "for (int j = 1; j < GROUPS; j++)",
+               "numbers"),
+        Mutant("weight dropped", " * static_cast<float>(weight[i]));", ");", "numbers"),
+        Mutant("delta of another row", "delta[start + i]));\n  normed", "delta[i]));\n  normed", "numbers"),
+        Mutant("no barrier", f"{BARRIER}\n", "", "schedule"),
+        Mutant("row too long", "for (int i = own; i < width; i += THREADS) {\n  const T sum = static_cast<T>("
+               "static_cast<float>(x[start + i]) + static_cast<float>(delta[start + i]));\n  total",
+               "for (int i = own; i <= width; i += THREADS) {\n  const T sum = static_cast<T>("
+               "static_cast<float>(x[start + i]) + static_cast<float>(delta[start + i]));\n  total", "launch"),
+        Mutant("last column unwritten", "i < width; i += THREADS) {\n  const T sum = static_cast<T>(static_cast<float>("
+               "x[start + i]) + static_cast<float>(delta[start + i]));\n  normed",
+               "i < width - 1; i += THREADS) {\n  const T sum = static_cast<T>(static_cast<float>("
+               "x[start + i]) + static_cast<float>(delta[start + i]));\n  normed", "schedule", "is never written"),
+        Mutant("missing cast", "static_cast<T>(static_cast<float>(sum) * scale * static_cast<float>(weight[i]))",
+               "static_cast<float>(sum) * scale * static_cast<float>(weight[i])", "compile", dtype="bfloat16"),
+    ),
+}  # fmt: skip
+
 LFR_CMVN = {
     "odd": (
         Mutant("no clamp at the end", "metal::min(metal::max(row * N + slot - (M - 1) / 2, 0), frames - 1)",
@@ -192,6 +216,7 @@ DECISIVE = Case("decisive", _decisive)
 
 ALL = {
     "attention": ATTENTION,
+    "add_rms_norm": ADD_RMS_NORM,
     "fsmn": FSMN,
     "lfr_cmvn": LFR_CMVN,
     "logits_argmax": LOGITS_ARGMAX,

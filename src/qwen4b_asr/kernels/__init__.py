@@ -19,7 +19,7 @@ __all__ = ["NAMES", "operations", "use"]
 
 def operations() -> dict[str, Operation]:
     """Return every operation that has a kernel, by name; imports their modules."""
-    from . import attention, fsmn, lfr_cmvn, logits_argmax, qk_norm_rope
+    from . import add_rms_norm, attention, fsmn, lfr_cmvn, logits_argmax, qk_norm_rope
 
-    modules = (attention, fsmn, lfr_cmvn, logits_argmax, qk_norm_rope)
+    modules = (add_rms_norm, attention, fsmn, lfr_cmvn, logits_argmax, qk_norm_rope)
     return {module.OPERATION.name: module.OPERATION for module in modules}

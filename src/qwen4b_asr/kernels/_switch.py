@@ -12,7 +12,7 @@ from ..errors import ConfigError
 VARIABLE = "QWEN4B_ASR_KERNELS"
 """Environment variable: ``on``, ``off``, or names separated by commas. Unset, each operation has its own default."""
 
-NAMES = ("attention", "fsmn", "lfr_cmvn", "logits_argmax", "qk_norm_rope")
+NAMES = ("add_rms_norm", "attention", "fsmn", "lfr_cmvn", "logits_argmax", "qk_norm_rope")
 """All operations with a kernel, also those that a copy of some stages does not have."""
 
 Choice = frozenset[str] | bool | None
