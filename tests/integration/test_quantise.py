@@ -10,7 +10,7 @@ from mlx.utils import tree_flatten
 
 import qwen4b_asr
 from qwen4b_asr.errors import CheckpointError, ConfigError
-from qwen4b_asr.quantization import Quantization, Scheme
+from qwen4b_asr.quantization import Quantization, Scheme, UnpackingLinear
 from qwen4b_asr.weights import quantize
 from qwen4b_asr.weights.convert import convert, convert_checkpoint
 from qwen4b_asr.weights.load import load_model
@@ -97,6 +97,10 @@ def test_scales_and_activations_have_the_type_that_the_device_computes_fastest(t
             continue
         assert array.dtype == (kind if name.startswith("decoder.") else mx.float32), name
     assert model.decoder(model.decoder.embed(IDS)).dtype == kind
+    on_cpu = mx.default_device().type == mx.DeviceType.cpu
+    unpacking = [path for path, m in model.named_modules() if isinstance(m, UnpackingLinear)]
+    assert any(path.startswith("audio_encoder.") for path in unpacking) == on_cpu
+    assert any(path.startswith("decoder.") for path in unpacking) == (on_cpu and kind == mx.float32)
     states, _ = model.audio_encoder(mx.ones((1, 9, 56)))
     assert model.adaptor(states).dtype == mx.float32
 

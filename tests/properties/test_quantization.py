@@ -14,7 +14,15 @@ from mlx.utils import tree_flatten
 from qwen4b_asr.cache import KVCache
 from qwen4b_asr.decoder import DecoderConfig, Qwen3
 from qwen4b_asr.lora import dense_weight, layer_shape
-from qwen4b_asr.quantization import Quantization, Scheme, quantizable, quantize_modules
+from qwen4b_asr.quantization import (
+    Quantization,
+    Scheme,
+    UnpackingLinear,
+    quantizable,
+    quantize_modules,
+    unpack,
+    unpack_for_many_rows,
+)
 from tests.helpers.tiny import CONFIG, max_abs, randomise, rows
 
 SIZES = replace(CONFIG.decoder, vocab_size=40, hidden_size=64, intermediate_size=96)
@@ -104,3 +112,49 @@ def test_groups_must_divide_a_row(scheme, columns):
     assume(columns % scheme.group_size)
     with pytest.raises(ValueError, match="group_size"):
         scheme.shapes(3, columns)
+
+
+@given(affine, st.integers(1, 5), st.integers(1, 3), st.integers(0, 99))
+def test_unpacked_codes_are_the_numbers_that_they_stand_for(scheme, count, groups, seed):
+    parts = mx.quantize(rows(count, groups * scheme.group_size, seed), group_size=scheme.group_size, bits=scheme.bits)
+    wanted = mx.dequantize(*parts, group_size=scheme.group_size, bits=scheme.bits)
+    found = unpack(*parts, scheme)
+    assert found.dtype == mx.float32
+    assert mx.allclose(found, wanted, rtol=0, atol=1e-6)
+
+
+@given(affine, st.booleans(), st.integers(1, 20), st.integers(1, 3), st.integers(0, 99))
+def test_a_layer_that_unpacks_computes_the_same_for_any_number_of_rows(scheme, bias, count, batch, seed):
+    columns = 2 * scheme.group_size
+    plain = nn.QuantizedLinear.from_linear(nn.Linear(columns, 7, bias), scheme.group_size, scheme.bits)
+    other = nn.Sequential(nn.QuantizedLinear.from_linear(nn.Linear(columns, 7, bias), scheme.group_size, scheme.bits))
+    other.layers[0].update(plain.parameters())
+    unpack_for_many_rows(other)
+    assert type(other.layers[0]) is UnpackingLinear
+    x = rows(batch * count, columns, seed).reshape(batch, count, columns)
+    wanted = plain(x)
+    assert max_abs(other(x) - wanted) <= 1e-5 * (1 + max_abs(wanted))
+    few = x.reshape(-1, columns)[:6]
+    assert mx.array_equal(other(few), plain(few))  # the same product: bit for bit
+
+
+def test_only_affine_codes_with_float32_scales_are_unpacked():
+    model = Qwen3(replace(SIZES, quantization=Quantization(Scheme(32, 4), {PATHS[1]: Scheme(32, 8, "mxfp8")})))
+    model.set_dtype(mx.bfloat16)
+    unpack_for_many_rows(model)
+    assert not any(isinstance(m, UnpackingLinear) for m in model.modules())
+    model.set_dtype(mx.float32)
+    unpack_for_many_rows(model)
+    changed = {path for path, m in model.named_modules() if isinstance(m, UnpackingLinear)}
+    assert changed == {path for path in PATHS if path not in (PATHS[1], "model.embed_tokens")}
+
+
+def test_many_rows_are_not_multiplied_code_by_code(monkeypatch):
+    layer = nn.QuantizedLinear.from_linear(nn.Linear(64, 8), 64, 4)
+    unpack_for_many_rows(layer)
+    counts = []
+    product = mx.quantized_matmul
+    monkeypatch.setattr(mx, "quantized_matmul", lambda x, *a, **k: counts.append(x.shape[-2]) or product(x, *a, **k))
+    for count in (1, 6, 7, 300):
+        layer(rows(count, 64))
+    assert counts == [1, 6]

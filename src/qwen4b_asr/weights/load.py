@@ -13,6 +13,7 @@ from ..config import ModelConfig
 from ..errors import CheckpointError, ConfigError
 from ..fastconformer import FastConformerEncoder
 from ..model import SpeechModel
+from ..quantization import unpack_for_many_rows
 from .checkpoint import files_of
 from .quantized import packed_types, type_problem
 from .safetensors_file import read_safetensors_directory
@@ -66,6 +67,8 @@ def load_model(directory: str | Path, *, dtype: str = "auto") -> tuple[SpeechMod
             weights.append((name, array if kept else array.astype(wanted)))
     model.update(tree_unflatten(weights))
     model.eval()
+    if mx.default_device().type == mx.DeviceType.cpu:
+        unpack_for_many_rows(model)
     if isinstance(model.audio_encoder, FastConformerEncoder):
         model.audio_encoder.fold_batch_norms()
     return model, config
