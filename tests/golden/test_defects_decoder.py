@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -105,16 +106,51 @@ BOTH = partial(checks.check_generation, "both")
 WHOLE = partial(checks.check_pipeline, "plain/transcribe/long")
 
 
+def by_sampler(patch: Patch, name: str, function: Any) -> None:
+    """Exchange a step of the sampler, and have it choose the tokens, which a chain on the device does otherwise."""
+    patch.setattr(sampling, name, function)
+    patch.setattr(generate.GreedyChain, "pays", staticmethod(lambda options: False))
+
+
+def by_chain(patch: Patch, history: Any, **changed: Any) -> None:
+    """Have the chain choose from another history, under other options."""
+    original = sampling.GreedyChain._choose_plainly
+
+    def choose(self: Any, scores: mx.array) -> mx.array:
+        kept = self._history, self.options
+        self._history, self.options = history(self._history), replace(self.options, **changed)
+        token = original(self, scores)
+        self._history, self.options = kept
+        return token
+
+    patch.setattr(sampling.GreedyChain, "_choose_plainly", choose)
+
+
+@DEFECTS.noticed_by(BOTH)
+def chain_without_penalty(patch: Patch) -> None:
+    by_chain(patch, lambda history: history, repetition_penalty=1.0)
+
+
+@DEFECTS.noticed_by(BOTH)
+def chain_bans_ngrams_of_three(patch: Patch) -> None:
+    by_chain(patch, lambda history: history, no_repeat_ngram=3)
+
+
+@DEFECTS.noticed_by(BOTH)
+def chain_a_token_behind(patch: Patch) -> None:
+    by_chain(patch, lambda history: history[:, :-1])
+
+
 @DEFECTS.noticed_by(BOTH)
 def penalty_counts_the_prompt(patch: Patch) -> None:
     prompt_ids = golden("generation").fact("cases")["both"]["prompt"]
     original = sampling.penalise_repetition
-    patch.setattr(sampling, "penalise_repetition", lambda s, ids, p: original(s, [*prompt_ids, *ids], p))
+    by_sampler(patch, "penalise_repetition", lambda s, ids, p: original(s, [*prompt_ids, *ids], p))
 
 
 @DEFECTS.noticed_by(BOTH)
 def penalty_left_out(patch: Patch) -> None:
-    patch.setattr(sampling, "penalise_repetition", lambda logits, generated, penalty: logits)
+    by_sampler(patch, "penalise_repetition", lambda logits, generated, penalty: logits)
 
 
 @DEFECTS.noticed_by(BOTH)
@@ -124,7 +160,7 @@ def penalty_once_per_occurrence(patch: Patch) -> None:
             logits[token] = mx.where(logits[token] < 0, logits[token] * penalty, logits[token] / penalty)
         return logits
 
-    patch.setattr(sampling, "penalise_repetition", penalise)
+    by_sampler(patch, "penalise_repetition", penalise)
 
 
 @DEFECTS.noticed_by(partial(checks.check_processor, "penalty_1.2"))
@@ -141,13 +177,13 @@ def negative_scores_divided(patch: Patch) -> None:
 @DEFECTS.noticed_by(BOTH)
 def ngrams_of_three(patch: Patch) -> None:
     original = sampling.ban_repeated_ngrams
-    patch.setattr(sampling, "ban_repeated_ngrams", lambda logits, ids, size: original(logits, ids, size - 1))
+    by_sampler(patch, "ban_repeated_ngrams", lambda logits, ids, size: original(logits, ids, size - 1))
 
 
 @DEFECTS.noticed_by(BOTH)
 def ngrams_of_five(patch: Patch) -> None:
     original = sampling.ban_repeated_ngrams
-    patch.setattr(sampling, "ban_repeated_ngrams", lambda logits, ids, size: original(logits, ids, size + 1))
+    by_sampler(patch, "ban_repeated_ngrams", lambda logits, ids, size: original(logits, ids, size + 1))
 
 
 @DEFECTS.noticed_by(partial(checks.check_generation, "stop"))
