@@ -21,9 +21,10 @@ class Doctored:
         prompt: Rows of the prompt, which every kind of decoding may run together.
         step: Grid, as a part of the largest logit.
         noise: Largest error, as a part of the largest logit.
+        always: Add it to plain logits, too.
     """
 
-    def __init__(self, decoder: Qwen3, prompt: int, *, step: float, noise: float) -> None:
+    def __init__(self, decoder: Qwen3, prompt: int, *, step: float, noise: float, always: bool = False) -> None:
         self.config = decoder.config
         self.model = decoder.model
         self.embed = decoder.embed
@@ -32,7 +33,7 @@ class Doctored:
         self.most_held = 0
         self._decoder = decoder
         self._prompt, self._step, self._noise = prompt, step, noise
-        self._plain = True
+        self._plain, self._always = True, always
         self._passes = 0
 
     def hidden(self, inputs_embeds: mx.array, cache: Sequence[KVCache], mask: Any = None) -> mx.array:
@@ -54,7 +55,7 @@ class Doctored:
         largest = mx.max(mx.abs(logits), axis=-1, keepdims=True)
         grid = self._step * largest
         logits = mx.round(logits / grid) * grid
-        if not self._plain:
+        if self._always or not self._plain:
             key = mx.random.key(self._passes)
             logits = logits + mx.random.uniform(-1, 1, logits.shape, key=key) * self._noise * largest
         return logits

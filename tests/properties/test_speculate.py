@@ -93,12 +93,14 @@ def test_tokens_equal_those_of_plain_decoding(data: Any, seed: int, kind: str, c
 def test_what_rounding_may_change_is_decided_by_plain_decoding(
     data: Any, seed: int, step: float, chosen: Any, given_stakes: Any
 ) -> None:
-    """Ties everywhere, and errors just below those that the margin is meant for."""
+    """Ties everywhere, errors just below those that the margin is meant for, and drafts that fell for them."""
     prompt = rows(1 + seed, CONFIG.hidden_size, seed)
     model: Any = Doctored(decoder(seed, "dense"), len(prompt), step=step, noise=1e-5)
     plain = Generation(model, prompt, chosen)
     wanted = list(plain)
-    drafted = DraftedGeneration(model, prompt, chosen, data.draw(edits(wanted)), stakes=given_stakes)
+    wrong: Any = Doctored(decoder(seed, "dense"), len(prompt), step=step, noise=1e-5, always=True)
+    source = data.draw(st.sampled_from([wanted, list(Generation(wrong, prompt, chosen))]))
+    drafted = DraftedGeneration(model, prompt, chosen, data.draw(edits(source)), stakes=given_stakes)
     assert list(drafted) == wanted
     assert drafted.finish_reason == plain.finish_reason
     assert model.most_held <= len(prompt) + chosen.max_tokens
