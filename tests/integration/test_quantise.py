@@ -125,6 +125,11 @@ def test_each_row_is_read_and_quantised_once(tmp_path, monkeypatch):
     convert(**parts.arguments(tmp_path / "out"), recipe=read_recipe("4", encoder=8))
     refs = read_safetensors_directory(tmp_path / "out")
     assert sum(taken) == sum(ref.shape[0] for name, ref in refs.items() if name.endswith(".scales"))
+    # Scales lie behind their codes: those of one matrix are held, not those of all.
+    for name, ref in refs.items():
+        if name.endswith(".scales"):
+            codes = refs[name.replace(".scales", ".weight")]
+            assert ref.start == codes.start + codes.nbytes
 
 
 def test_a_model_directory_can_be_stored_anew(tmp_path):
