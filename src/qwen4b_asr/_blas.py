@@ -27,16 +27,18 @@ _PATTERNS = (
     "/usr/lib64/libopenblasp.so.0",
 )
 _NAMES = ("libopenblasp.so.0", "libopenblas.so.0", "libopenblas.so")
-_THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "GOTO_NUM_THREADS", "OMP_NUM_THREADS")
+_THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "GOTO_NUM_THREADS", "OMP_NUM_THREADS", "BLIS_NUM_THREADS")
+_THREAD_FUNCTIONS = {"openblas_set_num_threads": ctypes.c_int, "bli_thread_set_num_threads": ctypes.c_int64}
 
 
 def preload_openblas() -> str | None:
     """Load an OpenBLAS ahead of MLX, so that MLX's CPU matrix products use it.
 
     Does nothing outside Linux, when `mlx.core` is already imported (its symbols are bound by then), or when the
-    environment variable `QWEN4B_ASR_BLAS` is `off`. `QWEN4B_ASR_BLAS=PATH` names the library to take. Unless one of
-    OPENBLAS_NUM_THREADS, GOTO_NUM_THREADS and OMP_NUM_THREADS is set, it runs one thread per physical core that this
-    process may use. Calling it again is harmless.
+    environment variable `QWEN4B_ASR_BLAS` is `off`. `QWEN4B_ASR_BLAS=PATH` names the library to take: BLIS, say, which
+    multiplies a single row faster and a hundred rows slower. Unless one of OPENBLAS_NUM_THREADS, GOTO_NUM_THREADS,
+    OMP_NUM_THREADS and BLIS_NUM_THREADS is set, it runs one thread per physical core that this process may use.
+    Calling it again is harmless.
 
     Returns:
         The path of the library, or None when none was loaded.
@@ -108,11 +110,14 @@ def _check(library: ctypes.CDLL) -> None:
         library.openblas_get_config.restype = ctypes.c_char_p
         if b"USE64BITINT" in (library.openblas_get_config() or b""):
             raise ValueError("it is built for 64-bit integers")
+    if hasattr(library, "bli_info_get_blas_int_type_size") and library.bli_info_get_blas_int_type_size() == 64:
+        raise ValueError("it is built for 64-bit integers")
 
 
 def _set_threads(library: ctypes.CDLL, count: int) -> None:
-    if hasattr(library, "openblas_set_num_threads"):  # not the environment: child processes decide for themselves
-        library.openblas_set_num_threads(ctypes.c_int(count))
+    for name, integer in _THREAD_FUNCTIONS.items():  # not the environment: child processes decide for themselves
+        if hasattr(library, name):
+            getattr(library, name)(integer(count))
 
 
 def _path_of(library: ctypes.CDLL) -> str | None:

@@ -165,3 +165,20 @@ def test_a_library_is_found_by_its_address():
     libm = ctypes.CDLL("libm.so.6")
     libm.cblas_sgemm = libm.cos
     assert "libm" in os.path.basename(_blas._path_of(libm) or "")
+
+
+@pytest.mark.parametrize("function", ["openblas_set_num_threads", "bli_thread_set_num_threads"])
+def test_threads_are_set_by_the_librarys_own_function(function):
+    seen = []
+    _blas._set_threads(SimpleNamespace(**{function: lambda count: seen.append(count.value)}), 3)
+    assert seen == [3]
+
+
+@pytest.mark.parametrize(("bits", "said"), [(32, None), (64, "64-bit integers")])
+def test_blis_with_64_bit_integers_is_refused(bits, said):
+    library = SimpleNamespace(cblas_sgemm=None, bli_info_get_blas_int_type_size=lambda: bits)
+    if said is None:
+        _blas._check(library)
+    else:
+        with pytest.raises(ValueError, match=said):
+            _blas._check(library)
