@@ -153,6 +153,8 @@ def test_more_work_never_takes_less(name, work, what, factor):
     assert one.peak <= two.peak
     if what == "batch":
         assert one.peak < two.peak
+        shares = {stage: size * work.batch for stage, size in two.workspace.items() if stage != "features"}
+        assert shares == {stage: one.workspace[stage] * more.batch for stage in shares}
 
 
 @lru_cache(maxsize=4)

@@ -59,8 +59,8 @@ def test_control_groups_of_the_first_version_count_too(files):
             "cgroup/memory/box/memory.stat": "inactive_file 0\n",
             "cgroup/memory/memory.limit_in_bytes": "9223372036854771712\n",
             "cgroup/memory/memory.usage_in_bytes": f"{GIB}\n",
-            "cgroup/cpuset/tiny/memory.max": "1\n",
-            "cgroup/cpuset/tiny/memory.current": "1\n",
+            "cgroup/cpuset/tiny/memory.limit_in_bytes": "1\n",
+            "cgroup/cpuset/tiny/memory.usage_in_bytes": "1\n",
         }
     )
     assert this_machine() == Machine(5 * GIB, 4 * GIB)
