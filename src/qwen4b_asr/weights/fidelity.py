@@ -301,18 +301,23 @@ def _hidden(
     x = mx.concatenate([before.astype(mx.float32), embed(mx.array(text))])[None]
     decoder = Qwen3(config.decoder)  # yet to be filled: nothing is computed
     layers: Any = decoder.model.layers
+    norms = [*(layer.input_layernorm for layer in layers), decoder.model.norm]  # small; a layer needs the next one's
+    for number, norm in enumerate(norms[:-1]):
+        _fill(norm, weights, f"decoder.model.layers.{number}.input_layernorm.")
+    _fill(norms[-1], weights, "decoder.model.norm.")
+    normed = norms[0](x)
     for number, layer in enumerate(layers):
         _fill(layer, weights, f"decoder.model.layers.{number}.")
-        x = layer(x, None, None)
-        mx.eval(x)
+        x, normed = layer(x, normed, None, None, norms[number + 1])
+        mx.eval(x, normed)
         held: Any = tree_flatten(layer.parameters())
         nbytes = sum(array.nbytes for _, array in held)
         layers[number] = None
         del layer, held
         mx.clear_cache()
         report(f"layer {number}", nbytes)
-    _fill(decoder.model.norm, weights, "decoder.model.norm.")
-    return decoder.model.norm(x)[0, -len(text) - 1 : -1]
+    hidden: mx.array = normed[0, -len(text) - 1 : -1]
+    return hidden
 
 
 def _text_ids(tokens: Tokenizer, vocab_size: int) -> list[int]:
