@@ -18,10 +18,9 @@ from .rich_decoding import RichDecoder
 # Scores of the alignment. A draft that lacks a token is a little less likely than one that has another in its place,
 # and a token that the model leaves out more likely than either if the next one fits.
 _MATCH, _OTHER, _ADDED, _LEFT_OUT = 1.0, -1.0, -1.1, -0.6
-# What it costs to go on anywhere else: a stretch that was left out, or written twice.
+# What it costs to go on anywhere else: a stretch that was left out, or written twice. So no place is further behind the
+# best one, and what counts is the recent text.
 _JUMP = -4.0
-# How much of a score is left a token later: what counts is the recent text.
-_MEMORY = 0.9
 
 
 class Drafter:
@@ -57,8 +56,8 @@ class Drafter:
 class Place:
     """The place in a draft that a text has reached, found anew with every token.
 
-    The place follows the best alignment of the text with the draft: tokens may differ, be added or be left out, older
-    ones count for less, and a long stretch costs no more than a jump.
+    The place follows the best alignment of the text with the draft: tokens may differ, be added or be left out, and
+    a long stretch costs no more than a jump.
 
     Args:
         draft: Token ids (D,).
@@ -83,7 +82,7 @@ class Place:
 
     def push(self, token: int) -> None:
         """Take note of the text's next token."""
-        before = _MEMORY * (self._scores - self._scores.max())  # relative, or the decay would favour what is bad
+        before = self._scores - self._scores.max()
         scores = before + _ADDED
         np.maximum(scores, _JUMP, out=scores)
         scores[1:] = np.maximum(scores[1:], before[:-1] + np.where(self._ids == token, _MATCH, _OTHER))

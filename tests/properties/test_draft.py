@@ -54,6 +54,7 @@ def test_a_place_survives_an_edit(text, position):
 
 
 def test_a_place_jumps_over_what_is_left_out_and_back():
+    assert after([*DRAFT[:5], *DRAFT[34:38]]).position == 38
     assert after([*DRAFT[:5], *DRAFT[25:31]]).position == 31
     assert after([*DRAFT[:30], *DRAFT[3:12]]).position == 12
 
