@@ -206,7 +206,8 @@ class _Writing:
                     options = self.transcriber.generation_options(window.samples.size / SAMPLE_RATE, self.options)
                     yield rows, options, partial(self._prompt_alone, window)
 
-        for row in BatchGeneration(self.transcriber.model.decoder, prompts(), batch_size):
+        known = self.transcriber.known_prefix(self.options)
+        for row in BatchGeneration(self.transcriber.model.decoder, prompts(), batch_size, **known):
             window = asked.pop(row.number)
             window.recording.watch.add("prefill", row.prefill_seconds)
             window.recording.watch.add("decode", row.decode_seconds)

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
+from .cache import KeysValues
+
 
 class Columns:
     """Which columns are whose; shared by the layers of a cache.
@@ -90,14 +92,20 @@ class BatchCache:
         layers: Layers of the decoder.
         starts: The column at which the row of each slot begins; for a prompt that is padded in front, its padding.
         step: Columns by which the buffers grow.
+        prefix: Keys and values (1, G, S, E) of each layer that all rows begin with; their columns come first, before
+            the padding. A cache with such is there to be filled and placed from, not to be changed otherwise.
 
     Attributes:
         layers: What `decoder.Qwen3.hidden` takes as its cache.
     """
 
-    def __init__(self, layers: int, starts: Sequence[int], step: int = 256) -> None:
+    def __init__(self, layers: int, starts: Sequence[int], step: int = 256, prefix: Sequence[KeysValues] = ()) -> None:
         self._columns = Columns(starts, step)
         self.layers = [SlotLayer(self._columns) for _ in range(layers)]
+        self._shared = prefix[0][0].shape[2] if prefix else 0
+        self._columns.length = self._shared
+        for layer, (keys, values) in zip(self.layers, prefix, strict=False):
+            layer.keys, layer.values = mx.repeat(keys, len(starts), axis=0), mx.repeat(values, len(starts), axis=0)
 
     @property
     def starts(self) -> list[int]:
@@ -116,7 +124,9 @@ class BatchCache:
         """
         if not any(self.starts):
             return None
-        return mx.arange(self.length + rows)[None] >= mx.array(self.starts)[:, None]
+        index = mx.arange(self.length + rows)[None]
+        own = index >= mx.array(self.starts)[:, None] + self._shared
+        return own | (index < self._shared) if self._shared else own
 
     def advance(self, rows: int) -> None:
         """Count the columns that a pass has written."""
@@ -134,14 +144,22 @@ class BatchCache:
         for mine, theirs in zip(self.layers, other.layers, strict=True):
             assert theirs.keys is not None
             assert theirs.values is not None
-            keys = theirs.keys[row : row + 1, :, other.starts[row] : other.length]
-            values = theirs.values[row : row + 1, :, other.starts[row] : other.length]
+            keys = other.held(theirs.keys, row)
+            values = other.held(theirs.values, row)
             if mine.keys is None or mine.values is None:
                 shape = (len(self.starts), keys.shape[1], self._columns.room(self.length), keys.shape[3])
                 mine.keys, mine.values = mx.zeros(shape, dtype=keys.dtype), mx.zeros(shape, dtype=values.dtype)
             mine.keys[slot : slot + 1, :, first : self.length] = keys
             mine.values[slot : slot + 1, :, first : self.length] = values
         self.starts[slot] = first
+
+    def held(self, buffer: mx.array, row: int) -> mx.array:
+        """Return the columns of a row in a layer's keys or values: (1, G, columns, E)."""
+        first, last, shared = self.starts[row], self.length, self._shared
+        if not first or not shared:
+            return buffer[row : row + 1, :, first:last]
+        parts = [buffer[row : row + 1, :, :shared], buffer[row : row + 1, :, shared + first : last]]
+        return mx.concatenate(parts, axis=2)
 
     def release(self, slot: int) -> None:
         """Forget what a slot holds: from here on it sees nothing but its own new columns."""

@@ -9,7 +9,7 @@ Shapes: B slots, S prompt rows, H decoder width, V vocabulary.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -18,7 +18,8 @@ import mlx.core as mx
 from .batch_cache import BatchCache
 from .batch_sampling import greedy_rows
 from .decoder import Qwen3
-from .generate import Generation, GenerationOptions
+from .generate import Generation, GenerationOptions, known_prefix
+from .prefix import PrefixCache
 from .sampling import Sampler
 
 # Padding rows of a group of prompts at most, as a part of all its rows.
@@ -86,6 +87,8 @@ class BatchGeneration:
         prompts: Prompt rows (S, H), S ≥ 1, and options of each utterance; taken one by one as slots become free. The
             longest ones had better come first: later ones then fit in without moving what is held.
         batch_size: Slots.
+        prefix: Token ids of the text that all prompts begin with.
+        prefixes: Where its keys and values are kept; without, they are computed with the rest of each prompt.
 
     Attributes:
         decoder_passes: Steps of the decoder, after the prefills.
@@ -96,7 +99,15 @@ class BatchGeneration:
             keys and values are to be quantised.
     """
 
-    def __init__(self, decoder: Qwen3, prompts: Iterable[Prompt], batch_size: int = 8) -> None:
+    def __init__(
+        self,
+        decoder: Qwen3,
+        prompts: Iterable[Prompt],
+        batch_size: int = 8,
+        *,
+        prefix: Sequence[int] = (),
+        prefixes: PrefixCache | None = None,
+    ) -> None:
         if batch_size < 1:
             raise ValueError(f"[BatchGeneration] batch_size must be at least 1 but got {batch_size}")
         self.decoder_passes = 0
@@ -104,6 +115,8 @@ class BatchGeneration:
         self._decoder = decoder
         self._waiting = (BatchRow(i, *prompt) for i, prompt in enumerate(prompts))
         self._batch_size = batch_size
+        self._prefix = tuple(prefix)
+        self._prefixes = prefixes
         self._exact = decoder.model.norm.weight.dtype == mx.float32
         self._slots: list[BatchRow | None] = []
         self._cache = BatchCache(len(decoder.model.layers), [0])
@@ -137,10 +150,16 @@ class BatchGeneration:
             Generation(self._decoder, row.inputs_embeds, row.options)  # refuses what does not fit
             if row.options.kv_bits is not None:
                 raise ValueError(f"[BatchGeneration] kv_bits must be None but got {row.options.kv_bits}")
-        longest = max(row.inputs_embeds.shape[0] for row in group)
-        padding = [longest - row.inputs_embeds.shape[0] for row in group]
-        inputs = mx.stack([mx.pad(row.inputs_embeds, [(n, 0), (0, 0)]) for n, row in zip(padding, group, strict=True)])
-        cache = BatchCache(len(self._decoder.model.layers), padding, step=longest)
+        shared, known = len(self._prefix), []
+        if self._prefixes is None or not 0 < shared < min(row.inputs_embeds.shape[0] for row in group):
+            shared = 0
+        else:
+            known = known_prefix(self._decoder, group[0].inputs_embeds[:shared], self._prefix, self._prefixes)
+        prompts = [row.inputs_embeds[shared:] for row in group]
+        longest = max(prompt.shape[0] for prompt in prompts)
+        padding = [longest - prompt.shape[0] for prompt in prompts]
+        inputs = mx.stack([mx.pad(prompt, [(n, 0), (0, 0)]) for n, prompt in zip(padding, prompts, strict=True)])
+        cache = BatchCache(len(self._decoder.model.layers), padding, step=shared + longest, prefix=known)
         hidden = inputs[:, :0]
         chunk = max(1, min(row.options.prefill_chunk for row in group))
         for first in range(0, longest, chunk):
@@ -205,7 +224,7 @@ class BatchGeneration:
         start = time.perf_counter()
         rows = row.inputs_embeds if row.again is None else row.again()
         mx.eval(rows)
-        single = Generation(self._decoder, rows, row.options)
+        single = Generation(self._decoder, rows, row.options, prefix=self._prefix, prefixes=self._prefixes)
         row.prefill_seconds += time.perf_counter() - start
         row.tokens, row.alone = list(single), True
         row.finish_reason = single.finish_reason

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import mlx.core as mx
 
-from .cache import KVCache, QuantizedKVCache
+from .cache import KeysValues, KVCache, QuantizedKVCache
 from .decoder import Qwen3
 from .prefix import PrefixCache
 from .sampling import GreedyChain, Sampler, SamplingOptions
@@ -198,13 +198,7 @@ class Generation:
         # Rows that see codes are others than those that see numbers, so there nothing is kept.
         if self._prefixes is None or self._options.kv_bits or not 0 < count < self._inputs.shape[0]:
             return 0
-        known = self._prefixes.get(self._prefix)
-        if known is None:
-            own = [KVCache(step=count) for _ in cache]
-            self._decoder.hidden(self._inputs[None, :count], own)
-            known = [(layer.state[0], layer.state[1]) for layer in own]
-            mx.eval(known)
-            self._prefixes.put(self._prefix, known)
+        known = known_prefix(self._decoder, self._inputs[:count], self._prefix, self._prefixes)
         for layer, (keys, values) in zip(cache, known, strict=True):
             layer.update(keys, values)
         return count
@@ -213,3 +207,22 @@ class Generation:
         self.decoder_passes += 1
         hidden = self._decoder.hidden(self._decoder.embed(token[None]), cache)
         return self._decoder.logits(hidden[:, -1])[0]
+
+
+def known_prefix(decoder: Qwen3, rows: mx.array, ids: Sequence[int], prefixes: PrefixCache) -> list[KeysValues]:
+    """Return keys and values (1, G, S, E) of each layer for a text that prompts begin with.
+
+    Args:
+        decoder: The language model.
+        rows: The text's embeddings (S, H), from which they are computed if they are not known.
+        ids: Its token ids.
+        prefixes: Where they are kept.
+    """
+    known = prefixes.get(ids)
+    if known is None:
+        own = [KVCache(step=len(ids)) for _ in decoder.model.layers]
+        decoder.hidden(rows[None], own)
+        known = [(layer.state[0], layer.state[1]) for layer in own]
+        mx.eval(known)
+        prefixes.put(ids, known)
+    return known

@@ -239,8 +239,7 @@ class Transcriber(Listener):
         rows = self.prompt(embeddings[0], options, watch)
         chosen = self.generation_options(samples.size / SAMPLE_RATE, options)
         draft = self._draft(states, options, watch)
-        known: dict[str, Any] = {"prefixes": self._prefixes}
-        known["prefix"] = leading_ids(self.config.prompt, options, spell=self._spell)
+        known = self.known_prefix(options)
         if draft:
             generation: Generation = DraftedGeneration(decoder, rows, chosen, draft, **known)
         else:
@@ -249,6 +248,11 @@ class Transcriber(Listener):
         watch.add("prefill", generation.prefill_seconds)
         watch.add("decode", generation.decode_seconds)
         return generation, text
+
+    def known_prefix(self, options: TranscribeOptions) -> dict[str, Any]:
+        """Return what a generation is told of the text that all prompts under these options begin with."""
+        ids = leading_ids(self.config.prompt, options, spell=self._spell)
+        return {"prefix": ids, "prefixes": self._prefixes}
 
     def _audio_embeddings(
         self, samples: npt.NDArray[np.float32], options: TranscribeOptions, watch: Stopwatch

@@ -10,6 +10,7 @@ from qwen4b_asr.batch_cache import BatchCache
 from qwen4b_asr.batch_generate import BatchGeneration
 from qwen4b_asr.batch_sampling import NEAR, greedy_rows
 from qwen4b_asr.generate import Generation, GenerationOptions
+from qwen4b_asr.prefix import PrefixCache
 from qwen4b_asr.sampling import Sampler, SamplingOptions
 from tests.helpers.tiny import CONFIG, rows, tiny_model
 
@@ -43,6 +44,24 @@ def test_every_row_gets_the_tokens_of_its_single_run(asked, batch_size):
     batch = BatchGeneration(tiny_model().decoder, asked, batch_size)
     found = {row.number: (row.tokens, row.finish_reason) for row in batch}
     assert found == {i: alone(prompt) for i, prompt in enumerate(asked)}
+
+
+@given(prompts(), st.integers(1, 5), st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=12))
+def test_a_text_that_all_begin_with_is_computed_once(asked, batch_size, ids):
+    decoder = tiny_model().decoder
+    begun = decoder.embed(mx.array(ids))
+    asked = [(mx.concatenate([begun, x]), options) for x, options in asked]
+    prefixes = PrefixCache(decoder)
+    batch = BatchGeneration(decoder, asked, batch_size, prefix=ids, prefixes=prefixes)
+    assert {row.number: row.tokens for row in batch} == {i: alone(prompt)[0] for i, prompt in enumerate(asked)}
+    assert prefixes.get(ids) is not None
+
+
+def test_a_prompt_that_is_no_longer_than_its_beginning_is_computed_whole():
+    decoder, ids = tiny_model().decoder, [5, 6, 7]
+    asked = [(decoder.embed(mx.array([*ids, *more])), GenerationOptions(5, ())) for more in ([], [8], [9, 10])]
+    batch = BatchGeneration(decoder, asked, 3, prefix=ids, prefixes=PrefixCache(decoder))
+    assert {row.number: row.tokens for row in batch} == {i: alone(prompt)[0] for i, prompt in enumerate(asked)}
 
 
 @given(prompts(most=6), st.integers(1, 4), st.integers(0, 99))
@@ -189,6 +208,33 @@ def test_slots_hold_what_was_placed_into_them_whatever_is_done_to_the_others(dat
             if kept:
                 cache.keep(kept)
                 wanted = [wanted[i] for i in kept]
+
+
+@given(st.integers(1, 4), st.lists(st.integers(0, 5), min_size=1, max_size=3), st.integers(1, 4))
+def test_rows_behind_a_common_beginning_are_placed_whole(shared, padding, count):
+    beginning = mx.arange(1.0, shared + 1)[None, None, :, None] * mx.ones((1, 2, 1, 3))
+    source = BatchCache(LAYERS, padding, prefix=[(beginning, -beginning)] * LAYERS)
+    columns = max(padding) + count
+    index = mx.arange(columns) - mx.array(padding)[:, None]
+    keys = mx.where(index < 0, -99.0, 100.0 + index)[:, None, :, None] * mx.ones((1, 2, 1, 3))
+    mask = source.mask(columns)
+    for layer in source.layers:
+        places = layer.offset
+        layer.update(keys, -keys)
+    source.advance(columns)
+    wanted = [[*range(1, shared + 1), *range(100, 100 + columns - n)] for n in padding]
+    cache = BatchCache(LAYERS, [0] * len(padding))
+    for row, n in enumerate(padding):
+        # The first real row behind the padding is at the position behind the beginning.
+        assert (places if isinstance(places, int) else int(places[row])) + n == shared
+        real = np.ones(shared + columns, bool) if mask is None else np.array(mask[row])
+        assert np.array(source.layers[0].keys)[row, 0, : shared + columns, 0][real].tolist() == wanted[row]
+        cache.place(row, source, row)
+    for row, values in enumerate(wanted):
+        for layer in cache.layers:
+            held = np.array(layer.keys)[row, 0, cache.starts[row] : cache.length, 0].tolist()
+            assert held == values
+            assert np.array(layer.values)[row, 0, cache.length - 1, 0] == -values[-1]
 
 
 def test_columns_that_no_one_needs_are_dropped():
