@@ -109,6 +109,8 @@ ADD_RMS_NORM = {
                "x[start + i]) + static_cast<float>(delta[start + i]));\n  normed", "schedule", "is never written"),
         Mutant("missing cast", "static_cast<T>(static_cast<float>(sum) * scale * static_cast<float>(weight[i]))",
                "static_cast<float>(sum) * scale * static_cast<float>(weight[i])", "compile", dtype="bfloat16"),
+        Mutant("no address space", " * static_cast<float>(weight[i]));",
+               " * static_cast<float>(*static_cast<const T*>(weight + i)));", "lint"),
     ),
 }  # fmt: skip
 
