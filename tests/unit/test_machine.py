@@ -119,7 +119,10 @@ def test_holding_sets_what_it_should(monkeypatch):
 
 
 def test_a_refused_wired_limit_stops_nothing(monkeypatch):
+    asked = []
+
     def refuse(size: int) -> int:
+        asked.append(size)
         raise ValueError("[metal::set_wired_limit] Setting a wired limit larger than the maximum")
 
     monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
@@ -128,6 +131,7 @@ def test_a_refused_wired_limit_stops_nothing(monkeypatch):
     monkeypatch.setattr(mx, "set_cache_limit", lambda size: 0)
     monkeypatch.setattr(mx, "set_wired_limit", refuse)
     hold(1000)
+    assert len(asked) == 1
 
 
 def test_what_mlx_keeps_is_read_without_changing_it():

@@ -9,8 +9,9 @@ from qwen4b_asr.errors import CheckpointError
 from qwen4b_asr.fastconformer import FastConformerConfig
 from qwen4b_asr.mel import MelConfig
 from qwen4b_asr.projection import ProjectionConfig
-from qwen4b_asr.weights.canary import canary_configs, is_canary
+from qwen4b_asr.weights.canary import canary_configs
 from qwen4b_asr.weights.manifest import load_manifest
+from qwen4b_asr.weights.pairing import family
 from tests.golden.support import golden
 
 SHAPES = dict(load_manifest("canary-qwen-2.5b").tensors)
@@ -54,7 +55,7 @@ def test_a_tiny_checkpoint():
     assert configs.encoder == FastConformerConfig(**data.fact("encoder"))
     wanted = data.fact("decoder")
     assert configs.decoder == replace(DecoderConfig(**wanted), max_position_embeddings=40960)
-    assert is_canary(shapes)
+    assert family(shapes) == "canary-qwen"
 
 
 def test_adapters_that_are_merged_leave_the_plain_names():
@@ -117,6 +118,6 @@ def test_impossible_sizes_name_the_file():
 
 
 def test_other_models_are_told_apart():
-    assert is_canary(SHAPES)
-    assert not is_canary(load_manifest("sensevoice-small").tensors)
-    assert not is_canary(load_manifest("qwen3-1.7b").tensors)
+    assert family(SHAPES) == "canary-qwen"
+    assert family(load_manifest("sensevoice-small").tensors) == "sensevoice"
+    assert family(load_manifest("qwen3-1.7b").tensors) != "canary-qwen"

@@ -47,11 +47,6 @@ class CanaryConfigs:
     decoder: DecoderConfig
 
 
-def is_canary(names: Mapping[str, Any]) -> bool:
-    """Return whether tensors of these names are a speech-augmented language model of NeMo's with a FastConformer."""
-    return "perception.encoder.pre_encode.out.weight" in names and "perception.proj.weight" in names
-
-
 def canary_configs(shapes: Mapping[str, Shape], settings: Mapping[str, Any], *, file: str) -> CanaryConfigs:
     """Read the configuration of every stage.
 
