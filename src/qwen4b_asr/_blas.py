@@ -12,6 +12,7 @@ else changes. Where there is no OpenBLAS, the wheel's own is used as before.
 
 import ctypes
 import glob
+import importlib.util
 import os
 import sys
 import time
@@ -28,7 +29,12 @@ _PATTERNS = (
 )
 _NAMES = ("libopenblasp.so.0", "libopenblas.so.0", "libopenblas.so")
 _THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "GOTO_NUM_THREADS", "OMP_NUM_THREADS", "BLIS_NUM_THREADS")
-_THREAD_FUNCTIONS = {"openblas_set_num_threads": ctypes.c_int, "bli_thread_set_num_threads": ctypes.c_int64}
+_THREAD_FUNCTIONS = {
+    "openblas_set_num_threads": ctypes.c_int,
+    "scipy_openblas_set_num_threads64_": ctypes.c_int,
+    "scipy_openblas_set_num_threads": ctypes.c_int,
+    "bli_thread_set_num_threads": ctypes.c_int64,
+}
 
 
 def preload_openblas() -> str | None:
@@ -73,6 +79,36 @@ def loaded_blas() -> str | None:
         return None
     symbols = ctypes.CDLL(None)  # what is global in this process; MLX's own libraries are not
     return _path_of(symbols) if hasattr(symbols, "cblas_sgemm") else None
+
+
+def numpy_blas() -> str | None:
+    """Return the path of the OpenBLAS that NumPy's wheel carries, if it is to multiply (Linux).
+
+    It is not where the environment variable `QWEN4B_ASR_BLAS` chooses another, or `off`. NumPy of another make may
+    share its BLAS with MLX or have a slow one; nothing is made of it.
+    """
+    if sys.platform != "linux" or os.environ.get(BLAS_VARIABLE):
+        return None
+    found = importlib.util.find_spec("numpy")
+    if found is None or found.origin is None:
+        return None
+    libraries = sorted(Path(found.origin).parents[1].glob("numpy.libs/libscipy_openblas*"))
+    return str(libraries[0]) if libraries else None
+
+
+def leave_cores_to_numpy() -> None:
+    """Let NumPy's OpenBLAS have the cores, and the one that MLX calls a single thread.
+
+    The threads of either keep their cores busy for some time after a product, waiting for the next: two sets of them
+    get into each other's way, and both take three times as long. What is left to MLX then are small products.
+    """
+    numpys, mlxs = numpy_blas(), loaded_blas()
+    if numpys is None:
+        return
+    if not any(os.environ.get(name) for name in _THREAD_VARIABLES):
+        _set_threads(ctypes.CDLL(numpys), physical_cores())  # its own count knows neither quotas nor hyper-threads
+    if mlxs is not None:
+        _set_threads(ctypes.CDLL(mlxs), 1)
 
 
 def physical_cores() -> int:

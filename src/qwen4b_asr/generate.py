@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 
 from .cache import KeysValues, KVCache, QuantizedKVCache
+from .cpu.products import computes_at_once
 from .decoder import Qwen3
 from .prefix import PrefixCache
 from .sampling import GreedyChain, Sampler, SamplingOptions
@@ -150,7 +151,7 @@ class Generation:
 
         On a GPU it is queued at once: the device never waits for the host, and the step behind a stop token is for
         nothing. On a CPU, where that step would cost as much as any other and handing over costs little, it is built
-        while the device computes the token, and begun when the token is wanted.
+        while the device computes the token, and begun when the token is wanted; or built then, if building computes.
 
         Args:
             chain: Chose the token and chooses those behind it.
@@ -160,7 +161,12 @@ class Generation:
         """
         mx.async_eval(token)
         at_once = mx.default_device().type == mx.gpu
+        nothing_ahead = computes_at_once(self._decoder)
         while not enough():
+            if nothing_ahead:
+                yield int(token)
+                token = chain.choose(self._step(token, cache))
+                continue
             before = self.decoder_passes
             following = chain.choose(self._step(token, cache))
             if not at_once:

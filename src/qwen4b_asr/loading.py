@@ -9,14 +9,12 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from ._blas import loaded_blas
-from .columns import lay_out_by_columns
 from .config import ModelConfig
 from .errors import ConfigError
-from .joined import join_projections
 from .lora import fuse_lora
 from .machine import hold, kept_buffers, this_machine
 from .memory import PROGRAM_BYTES, Work, plan_memory, require_room
+from .prepare import prepare
 from .recognise import Recogniser, find_pieces
 from .tokenizer import Tokenizer
 from .transcribe import Transcriber
@@ -72,15 +70,15 @@ def load(
     if config.decoder is None:
         if adapters:
             raise ConfigError(f"{path_or_name}: has no language model that an adapter could change")
+        if join:
+            prepare(model)
         return Recogniser(model, config, pieces)
     for number, (folder, strength) in enumerate((adapters or {}).items()):
         load_adapter(model.decoder, Path(folder), name=f"user{number}", strength=strength)
     if lora == "merge":
         fuse_lora(model.decoder)
     if join:
-        join_projections(model.decoder)
-        if mx.default_device().type == mx.cpu and "openblas" in (loaded_blas() or ""):
-            lay_out_by_columns(model.decoder)
+        prepare(model)
     return Transcriber(model, config, Tokenizer(directory / "tokenizer.json"), pieces)
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
+from .cpu.products import computes_at_once
 from .decoder import Qwen3
 
 
@@ -21,22 +22,27 @@ class PassCost:
 
     Args:
         row: Each row beyond those that come free.
-        free: Rows for which a pass takes no longer than for one.
-        run: Verifying a run at all: choosing a token in each row, and waiting for the result.
+        free: Rows for which a pass takes no longer than for a few.
+        run: Verifying a run at all: several rows instead of one, choosing a token in each, and waiting for the result.
+        group: Rows are computed in groups of so many.
     """
 
     row: float
     free: int = 1
     run: float = 0.04
+    group: int = 1
 
     def of(self, rows: int) -> float:
         """Cost of one pass."""
-        return 1.0 if rows == 1 else 1 + self.run + self.row * max(0, rows - self.free)
+        computed = -(-rows // self.group) * self.group
+        return 1.0 if rows == 1 else 1 + self.run + self.row * max(0, computed - self.free)
 
 
-# On the CPU they were measured, by `tools/bench/drafts.py --costs`: OpenBLAS packs the whole matrix whatever the number
-# of rows, MLX's own products go row by row. For GPUs they are a guess on the careful side.
+# On the CPU they were measured, by `tools/bench/drafts.py --costs`: NumPy has a routine of its own for one row, which
+# reads a matrix twice as fast as OpenBLAS packs it for several; MLX has it packed always. Other products of MLX go row
+# by row. For GPUs they are a guess on the careful side.
 _COSTS = {
+    ("numpy", "float32"): PassCost(0.1, free=8, run=0.8, group=8),
     ("cpu", "float32"): PassCost(0.04, free=8),
     ("cpu", "16 bits"): PassCost(0.36),
     ("cpu", "quantised"): PassCost(0.95),
@@ -54,12 +60,13 @@ _FORMS = {
 # Rows that cost more save too little for the work of drafting.
 _WORTH_IT = 0.5
 # What drafts may waste altogether: a part of the plain cost, and this many passes more where the draft had the last
-# token right. A useless draft hardly ever has, and short texts have little to stake.
-_STAKE, _TRUST = 0.015, 0.3
+# token right. A useless draft hardly ever has, and short texts have little to stake. Each token that the draft had
+# right earns a little more to stake, up to as much again, so that one unlucky run is not the last.
+_STAKE, _TRUST, _EARNED = 0.015, 0.3, 0.1
 # Tokens per cost that a run must promise, where a plain step gives 1.
 _GAIN = 1.05
 # Hits and misses that a belief starts with: of tokens after a hit, and of those after a miss.
-_AFTER_HIT, _AFTER_MISS = (6.0, 0.5), (1.0, 1.0)
+_AFTER_HIT, _AFTER_MISS = (4.0, 0.5), (1.0, 1.0)
 # How much of older evidence is left after one more token.
 _MEMORY = 0.96
 
@@ -67,6 +74,7 @@ _MEMORY = 0.96
 def pass_cost(decoder: Qwen3) -> PassCost:
     """Return what passes cost on the default device; of matrices in several forms the mean, by their sizes."""
     device = "gpu" if mx.default_device().type == mx.DeviceType.gpu else "cpu"
+    dense = "numpy" if computes_at_once(decoder) else device
     sizes: dict[str, int] = {}
     weights: list[tuple[str, mx.array]] = tree_flatten(decoder.parameters())  # type: ignore[assignment]
     for _, weight in weights:
@@ -74,10 +82,12 @@ def pass_cost(decoder: Qwen3) -> PassCost:
             form, elements = _FORMS[weight.dtype]
             sizes[form] = sizes.get(form, 0) + elements * weight.size
     total = max(1, sum(sizes.values()))
-    shares = [(_COSTS[device, form], size / total) for form, size in sizes.items()]
+    shares = [(_COSTS[dense if form == "float32" else device, form], size / total) for form, size in sizes.items()]
     return PassCost(
         row=sum(cost.row * share for cost, share in shares),
         free=int(sum(cost.free * share for cost, share in shares) + 0.5),
+        run=sum(cost.run * share for cost, share in shares),
+        group=max((cost.group for cost, share in shares if share > 0.5), default=1),
     )
 
 
@@ -126,13 +136,13 @@ class Stakes:
     after_miss: Chance = field(default_factory=lambda: Chance(*_AFTER_MISS))
     debt: float = 0.0
     _hit: bool = False
-    _ever_hit: bool = False
+    _hits: int = 0
 
     def learn(self, hit: bool) -> None:
         """Take note of whether the draft had the next token right, verified by a run or not."""
         (self.after_hit if self._hit else self.after_miss).learn(hit)
         self._hit = hit
-        self._ever_hit = self._ever_hit or hit
+        self._hits += hit
 
     def pay(self, rows: int, tokens: int) -> None:
         """Enter a pass over `rows` rows that gave `tokens` tokens."""
@@ -152,9 +162,10 @@ class Stakes:
         Returns:
             0 to take a plain step.
         """
-        if not self._ever_hit:
+        if not self._hits:
             return 0
-        loss_allowed = _STAKE * max(done, self.tokens) + _TRUST * self._hit - self.debt
+        stake = _STAKE * max(done, self.tokens)
+        loss_allowed = stake + min(stake, _EARNED * self._hits) + _TRUST * self._hit - self.debt
         again = self.after_hit.value
         reach = again if self._hit else self.after_miss.value  # chance that a run gets as far as its last token
         expected, best, best_rate = 1.0, 0, _GAIN

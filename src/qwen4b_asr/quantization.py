@@ -194,10 +194,13 @@ class UnpackingLinear(nn.QuantizedLinear):
         if x.size <= _FEW_ROWS * x.shape[-1]:
             y: mx.array = super().__call__(x)
             return y
-        scheme = Scheme(self.group_size, self.bits, self.mode)
-        assert self.biases is not None  # of affine mode
-        y = x @ unpack(self.weight, self.scales, self.biases, scheme).T
+        y = self.multiply_unpacked(x, Scheme(self.group_size, self.bits, self.mode))
         return y + self.bias if "bias" in self else y
+
+    def multiply_unpacked(self, x: mx.array, scheme: Scheme) -> mx.array:
+        """Map (..., C) to (..., R) by the matrix that the codes stand for, without the bias."""
+        assert self.biases is not None  # of affine mode
+        return x @ unpack(self.weight, self.scales, self.biases, scheme).T
 
 
 def unpack_for_many_rows(model: nn.Module) -> None:

@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 
 from qwen4b_asr.batch_cache import BatchCache
 from qwen4b_asr.batch_generate import BatchGeneration
-from qwen4b_asr.batch_sampling import NEAR, greedy_rows
+from qwen4b_asr.batch_sampling import greedy_rows
 from qwen4b_asr.generate import Generation, GenerationOptions
 from qwen4b_asr.prefix import PrefixCache
-from qwen4b_asr.sampling import Sampler, SamplingOptions
+from qwen4b_asr.sampling import NEAR, Sampler, SamplingOptions
 from tests.helpers.tiny import CONFIG, rows, tiny_model
 
 WIDTH = CONFIG.decoder.hidden_size

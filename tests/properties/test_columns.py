@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwen4b_asr._blas import loaded_blas
-from qwen4b_asr.columns import by_columns, lay_out_by_columns
+from qwen4b_asr.cpu.columns import by_columns, lay_out_by_columns
 from qwen4b_asr.decoder import Qwen3
 from qwen4b_asr.joined import join_projections
 from tests.helpers.tiny import CONFIG, max_abs, randomise, rows

@@ -35,7 +35,8 @@ ROOMS = [
             "rich",
             "joined",
             "prefix",
-            "columns",
+            "cpu.columns",
+            "cpu.products",
             "lora",
             "quantization",
             "machine",
@@ -99,7 +100,7 @@ ROOMS = [
         ],
     ),
     ("planners", ["memory"]),
-    ("pipeline", ["recognise", "batch", "transcribe", "loading"]),
+    ("pipeline", ["prepare", "recognise", "batch", "transcribe", "loading"]),
     ("training", ["training"]),
     ("doors", ["cli", "server", "__main__"]),
 ]

@@ -26,8 +26,8 @@ from bench.worker import Stage, Timed, Worker, stamped
 from qwen4b_asr.config import ModelConfig
 from qwen4b_asr.encoder import SenseVoiceEncoder
 from qwen4b_asr.generate import Generation, GenerationOptions
-from qwen4b_asr.joined import join_projections
 from qwen4b_asr.model import SpeechModel
+from qwen4b_asr.prepare import prepare
 from qwen4b_asr.weights.load import load_model
 from qwen4b_asr.weights.obtain import obtain_model
 
@@ -88,8 +88,7 @@ class _Loaded:
         self.model: SpeechModel
         self.config: ModelConfig
         self.model, self.config = load_model(self.directory, dtype=self.setup["dtype"])
-        if "write" in self.setup["parts"]:
-            prepare_decoder(self.model)
+        prepare(self.model)
 
     def worker(self) -> Worker:
         verbs = {"make_inputs": self.make_inputs, "draft": self.draft, "batch": self.batch}
@@ -169,11 +168,6 @@ class _Loaded:
         timed = self.generate(rows, self.setup["whole_tokens"])
         first = heard + timed.seconds["prefill"]
         return Timed({"first token": first, "whole": first + timed.seconds["decode"]}, timed.tokens)
-
-
-def prepare_decoder(model: SpeechModel) -> None:
-    """Do to the decoder what loading a model does for speed."""
-    join_projections(model.decoder)
 
 
 _BIG: list[mx.array] = []

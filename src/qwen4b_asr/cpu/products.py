@@ -1,0 +1,106 @@
+"""Linear layers and embeddings whose products NumPy computes, when they are called.
+
+Shapes: R rows and C columns of a matrix, N rows of x.
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from .._blas import numpy_blas
+from ..quantization import Scheme, UnpackingLinear, unpack
+
+# OpenBLAS's kernels for AVX2 and AVX512 take rows in groups: seven cost half as much again as eight, 45 a quarter more
+# than 48.
+_GROUP = 8
+
+Array = np.ndarray[tuple[int, ...], np.dtype[np.float32]]
+
+
+def numpy_multiplies() -> bool:
+    """Whether products with float32 weights are left to NumPy: on a CPU, where its wheel brings a BLAS."""
+    return mx.default_device().type == mx.DeviceType.cpu and numpy_blas() is not None
+
+
+def view(x: mx.array) -> Array:
+    """Return the numbers of a float32 array where they lie, computed if they were not."""
+    mx.eval(x)
+    return np.asarray(x)
+
+
+def multiply(x: Array, weight: mx.array, bias: mx.array | None = None) -> Array:
+    """Return ``x @ weight.T + bias`` for x (..., C) and weight (R, C): (..., R)."""
+    rows = x.reshape(-1, x.shape[-1])
+    count = len(rows)
+    if count > 1 and count % _GROUP:
+        rows = np.pad(rows, [(0, -count % _GROUP), (0, 0)])
+    y: Array = np.matmul(rows, view(weight).T)[:count]
+    if bias is not None:
+        y += view(bias)
+    return y.reshape(*x.shape[:-1], -1)
+
+
+class NumpyLinear(nn.Linear):
+    """A dense float32 layer."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """Map (..., C) to (..., R)."""
+        if x.dtype != mx.float32 or not x.size:
+            y: mx.array = super().__call__(x)
+            return y
+        return mx.array(multiply(view(x), self.weight, self.get("bias")))
+
+
+class NumpyEmbedding(nn.Embedding):
+    """A float32 table of embeddings that scores hidden states as well."""
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        """Map (..., C) to (..., R)."""
+        if x.dtype != mx.float32 or not x.size:
+            y: mx.array = super().as_linear(x)
+            return y
+        return mx.array(multiply(view(x), self.weight))
+
+
+class NumpyUnpackingLinear(UnpackingLinear):
+    """A quantised layer that leaves its dense product, for many rows, to NumPy."""
+
+    def multiply_unpacked(self, x: mx.array, scheme: Scheme) -> mx.array:
+        """Map (..., C) to (..., R) by the matrix that the codes stand for."""
+        assert self.biases is not None  # of affine mode
+        weight = unpack(self.weight, self.scales, self.biases, scheme)
+        if x.dtype != mx.float32 or weight.dtype != mx.float32:
+            return x @ weight.T
+        return mx.array(multiply(view(x), weight))
+
+
+_KINDS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Linear: NumpyLinear,
+    nn.Embedding: NumpyEmbedding,
+    UnpackingLinear: NumpyUnpackingLinear,
+}
+
+
+def multiply_by_numpy(model: nn.Module) -> list[str]:
+    """Let NumPy compute the products of a model's linear layers and embeddings; results differ by rounding.
+
+    Args:
+        model: Any module tree, filled. Layers of types other than float32 stay as they are.
+
+    Returns:
+        Paths of the modules.
+    """
+    changed = []
+    for path, module in model.named_modules():
+        kind = _KINDS.get(type(module))
+        if kind is not None and (kind is NumpyUnpackingLinear or module.weight.dtype == mx.float32):
+            module.__class__ = kind
+            changed.append(path)
+    return sorted(changed)
+
+
+def computes_at_once(model: nn.Module) -> bool:
+    """Whether a model has layers that compute when they are called, instead of describing what to compute."""
+    return any(type(module) in (NumpyLinear, NumpyEmbedding) for _, module in model.named_modules())

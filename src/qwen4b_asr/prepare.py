@@ -1,0 +1,38 @@
+"""A filled model made ready for the device that it will run on: the same results, sooner."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+from ._blas import leave_cores_to_numpy, loaded_blas
+from .cpu.columns import lay_out_by_columns
+from .cpu.products import multiply_by_numpy, numpy_multiplies
+from .decoder import Qwen3
+from .joined import join_projections
+from .model import SpeechModel
+
+
+def prepare(model: SpeechModel) -> None:
+    """Do to every stage what helps on the default device.
+
+    What NumPy computes differs from MLX's by rounding, and cannot be differentiated, compiled or vmapped.
+
+    Args:
+        model: Filled, with its adapters beside the layers. It is changed in place.
+    """
+    if "decoder" in model:
+        prepare_decoder(model.decoder)
+    if numpy_multiplies():
+        leave_cores_to_numpy()
+        multiply_by_numpy(model)
+
+
+def prepare_decoder(decoder: Qwen3) -> None:
+    """Join what one launch can compute; on a CPU, lay dense weights out by columns and leave products to NumPy."""
+    join_projections(decoder)
+    numpys = numpy_multiplies()
+    if numpys or (mx.default_device().type == mx.DeviceType.cpu and "openblas" in (loaded_blas() or "")):
+        lay_out_by_columns(decoder)
+    if numpys:
+        leave_cores_to_numpy()
+        multiply_by_numpy(decoder)
