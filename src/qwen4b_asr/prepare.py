@@ -6,6 +6,8 @@ import mlx.core as mx
 
 from ._blas import leave_cores_to_numpy, loaded_blas
 from .cpu.columns import lay_out_by_columns
+from .cpu.decoder import use_numpy_layers
+from .cpu.listening import listen_with_numpy
 from .cpu.products import multiply_by_numpy, numpy_multiplies
 from .decoder import Qwen3
 from .joined import join_projections
@@ -25,6 +27,7 @@ def prepare(model: SpeechModel) -> None:
     if numpy_multiplies():
         leave_cores_to_numpy()
         multiply_by_numpy(model)
+        listen_with_numpy(model)
 
 
 def prepare_decoder(decoder: Qwen3) -> None:
@@ -36,3 +39,4 @@ def prepare_decoder(decoder: Qwen3) -> None:
     if numpys:
         leave_cores_to_numpy()
         multiply_by_numpy(decoder)
+        use_numpy_layers(decoder)

@@ -37,6 +37,7 @@ ROOMS = [
             "prefix",
             "cpu.columns",
             "cpu.products",
+            "cpu.arithmetic",
             "lora",
             "quantization",
             "machine",
@@ -61,6 +62,7 @@ ROOMS = [
             "nano_prompt",
         ],
     ),
+    ("stages on NumPy", ["cpu"]),
     ("readers", ["config", "weights"]),
     (
         "composers",

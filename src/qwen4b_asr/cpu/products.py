@@ -13,8 +13,8 @@ from .._blas import numpy_blas
 from ..quantization import Scheme, UnpackingLinear, unpack
 
 # OpenBLAS's kernels for AVX2 and AVX512 take rows in groups: seven cost half as much again as eight, 45 a quarter more
-# than 48.
-_GROUP = 8
+# than 48; from some 130 on, filling them up costs what it saves.
+_GROUP, _MANY = 8, 128
 
 Array = np.ndarray[tuple[int, ...], np.dtype[np.float32]]
 
@@ -34,7 +34,7 @@ def multiply(x: Array, weight: mx.array, bias: mx.array | None = None) -> Array:
     """Return ``x @ weight.T + bias`` for x (..., C) and weight (R, C): (..., R)."""
     rows = x.reshape(-1, x.shape[-1])
     count = len(rows)
-    if count > 1 and count % _GROUP:
+    if 1 < count < _MANY and count % _GROUP:
         rows = np.pad(rows, [(0, -count % _GROUP), (0, 0)])
     y: Array = np.matmul(rows, view(weight).T)[:count]
     if bias is not None:
@@ -62,6 +62,13 @@ class NumpyEmbedding(nn.Embedding):
             y: mx.array = super().as_linear(x)
             return y
         return mx.array(multiply(view(x), self.weight))
+
+
+def project(layer: nn.Module, x: Array) -> Array:
+    """Map (..., C) to (..., R) by any linear layer."""
+    if type(layer) is NumpyLinear:
+        return multiply(x, layer.weight, layer.get("bias"))
+    return view(layer(mx.array(x)))
 
 
 class NumpyUnpackingLinear(UnpackingLinear):

@@ -1,0 +1,101 @@
+"""What stands between products, on NumPy arrays: norms, rotary positions, attention.
+
+The maths and its sources are those of `kernels`; these are for a CPU, where calling MLX for a few thousand numbers
+takes longer than computing them.
+Shapes: B batch, H query heads, G key heads, I queries, J keys, E head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+
+from .products import Array
+
+Mask = np.ndarray[tuple[int, ...], np.dtype[np.bool_]]
+_HIDDEN = np.finfo(np.float32).min
+
+
+def rms_norm(x: Array, weight: Array, eps: float) -> Array:
+    """Return ``x / sqrt(mean(x ** 2) + eps) * weight`` for rows x (..., N)."""
+    y: Array = x / np.sqrt(_mean(x * x) + np.float32(eps))
+    y *= weight
+    return y
+
+
+def layer_norm(x: Array, weight: Array, bias: Array, eps: float) -> Array:
+    """Return ``(x - mean) / sqrt(variance + eps) * weight + bias`` for rows x (..., N)."""
+    y: Array = x - _mean(x)
+    y /= np.sqrt(_mean(y * y) + np.float32(eps))
+    y *= weight
+    y += bias
+    return y
+
+
+def _mean(x: Array) -> Array:
+    """Return the means of rows (..., N): (..., 1). NumPy's own function takes longer than the sum of one row."""
+    total: Array = np.add.reduce(x, axis=-1, keepdims=True)
+    total /= np.float32(x.shape[-1])
+    return total
+
+
+def rotate(x: Array, offsets: Sequence[int], theta: float) -> Array:
+    """Turn pairs of halves by their positions, as `mlx.core.fast.rope` does with ``traditional=False``.
+
+    Args:
+        x: (B, heads, I, E).
+        offsets: Position of the first row, of all items or of each.
+        theta: Base of the frequencies.
+    """
+    cos, sin = _angles(tuple(offsets), x.shape[2], x.shape[3], theta)
+    half = x.shape[3] // 2
+    a, b = x[..., :half], x[..., half:]
+    y = np.empty(x.shape, np.float32)
+    np.subtract(a * cos, b * sin, out=y[..., :half])
+    np.add(b * cos, a * sin, out=y[..., half:])
+    return y
+
+
+@lru_cache(maxsize=4)  # all layers of a pass turn by the same angles
+def _angles(offsets: tuple[int, ...], rows: int, width: int, theta: float) -> tuple[Array, Array]:
+    """Cosines and sines, (items, 1, I, E / 2)."""
+    positions = np.array(offsets, dtype=np.float64)[:, None] + np.arange(rows)
+    angles = positions[:, None, :, None] * theta ** (-np.arange(0, width, 2) / width)
+    return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+
+
+def attention(q: Array, k: Array, v: Array, scale: float, mask: Mask | None = None, causal: bool = False) -> Array:
+    """Compute `kernels.attention.attention`; the last query stands beside the last key if `causal`.
+
+    Args:
+        q: (B, H, I, E).
+        k: (B, G, J, E).
+        v: (B, G, J, E).
+        scale: Factor of the scores.
+        mask: (B or 1, 1, I or 1, J), True on keys that are seen.
+        causal: Hide the keys behind each query's own position.
+
+    Returns:
+        (B, I, H, E), which is (B, I, H * E) in memory. A query that sees no key gets the mean of the values.
+    """
+    batch, heads, queries, width = q.shape
+    groups, keys = k.shape[1:3]
+    if causal and queries > 1:
+        before = np.arange(keys) <= np.arange(keys - queries, keys)[:, None]
+        mask = before[None, None] if mask is None else mask & before
+    # The queries that share a key head go into one product; single ones are quicker each by itself, by sgemv.
+    one_by_one = queries == 1 and groups < heads
+    shape = (batch, groups, -1, 1, width) if one_by_one else (batch, groups, -1, width)
+    if one_by_one:
+        k, v = k[:, :, None], v[:, :, None]
+    scores: Array = np.matmul(q if groups == heads else q.reshape(shape), k.swapaxes(-2, -1))
+    scores *= np.float32(scale)
+    if mask is not None and not mask.all():
+        np.copyto(scores.reshape(batch, heads, queries, keys), _HIDDEN, where=~mask)
+    scores -= scores.max(axis=-1, keepdims=True)
+    np.exp(scores, out=scores)
+    context: Array = np.matmul(scores, v)
+    context /= np.add.reduce(scores, axis=-1, keepdims=True)
+    return context.reshape(batch, heads, queries, width).transpose(0, 2, 1, 3)
