@@ -49,7 +49,7 @@ class NumpyAdaptorAttention(AdaptorAttention):
 def _attend(layer: SanmAttention, x: Array, mask: Mask) -> Array:
     packed = project(layer.linear_q_k_v, x)
     out = project(layer.linear_out, _packed_attention(packed, layer.heads, mask))
-    weight = view(layer.fsmn_block.weight)[:, :, 0].T
+    weight = np.ascontiguousarray(view(layer.fsmn_block.weight)[:, :, 0].T)  # einsum walks along it
     out += memory(packed[..., -weight.shape[1] :], weight, mask, layer.left_context)
     return out
 
