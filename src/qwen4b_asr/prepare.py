@@ -17,7 +17,8 @@ from .model import SpeechModel
 def prepare(model: SpeechModel) -> None:
     """Do to every stage what helps on the default device.
 
-    What NumPy computes differs from MLX's by rounding, and cannot be differentiated, compiled or vmapped.
+    What NumPy computes differs from MLX's by rounding. Differentiate the model in training mode, where MLX computes;
+    compile or vmap one that is not prepared.
 
     Args:
         model: Filled, with its adapters beside the layers. It is changed in place.

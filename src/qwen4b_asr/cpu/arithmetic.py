@@ -60,10 +60,11 @@ def rotate(x: Array, offsets: Sequence[int], theta: float) -> Array:
 
 @lru_cache(maxsize=4)  # all layers of a pass turn by the same angles
 def _angles(offsets: tuple[int, ...], rows: int, width: int, theta: float) -> tuple[Array, Array]:
-    """Cosines and sines, (items, 1, I, E / 2)."""
-    positions = np.array(offsets, dtype=np.float64)[:, None] + np.arange(rows)
-    angles = positions[:, None, :, None] * theta ** (-np.arange(0, width, 2) / width)
-    return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+    """Cosines and sines, (items, 1, I, E / 2), of angles in float32: what the model was trained with."""
+    positions = np.array(offsets)[:, None, None, None] + np.arange(rows)[:, None]
+    frequencies = 1 / np.float32(theta) ** (np.arange(0, width, 2, dtype=np.float32) / np.float32(width))
+    angles = positions.astype(np.float32) * frequencies
+    return np.cos(angles), np.sin(angles)
 
 
 def attention(q: Array, k: Array, v: Array, scale: float, mask: Mask | None = None, causal: bool = False) -> Array:

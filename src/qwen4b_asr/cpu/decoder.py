@@ -9,7 +9,7 @@ import numpy as np
 from ..decoder import DecoderLayer, LayerCache
 from ..lora import LoraLinear
 from .arithmetic import attention, rms_norm, rotate
-from .products import Array, NumpyLinear, project, view
+from .products import Array, NumpyLinear, can_compute, project, view
 
 
 class NumpyDecoderLayer(DecoderLayer):
@@ -19,7 +19,7 @@ class NumpyDecoderLayer(DecoderLayer):
         self, x: mx.array, normed: mx.array, mask: mx.array | None, cache: LayerCache | None, following: nn.RMSNorm
     ) -> tuple[mx.array, mx.array]:
         """Map the stream (B, S, H), with its own norm and the norm that follows the layer, to the next of both."""
-        if x.dtype != mx.float32 or not x.size:
+        if not can_compute(self, x):
             pair: tuple[mx.array, mx.array] = super().__call__(x, normed, mask, cache, following)
             return pair
         stream = view(x) + self._attend(view(normed), mask, cache)

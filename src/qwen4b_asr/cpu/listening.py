@@ -13,7 +13,7 @@ from numpy.lib.stride_tricks import as_strided
 from ..adaptor import AdaptorAttention
 from ..encoder import SanmAttention, SanmLayer
 from .arithmetic import Mask, attention, layer_norm
-from .products import Array, multiply, project, view
+from .products import Array, can_compute, multiply, project, view
 
 
 class NumpySanmLayer(SanmLayer):
@@ -21,7 +21,7 @@ class NumpySanmLayer(SanmLayer):
 
     def __call__(self, x: mx.array, mask: mx.array) -> mx.array:
         """Map x (B, R, input_size) to (B, R, D)."""
-        if x.dtype != mx.float32 or not x.size:
+        if not can_compute(self, x):
             y: mx.array = super().__call__(x, mask)
             return y
         rows, real = view(x), np.asarray(mask)
@@ -39,7 +39,7 @@ class NumpyAdaptorAttention(AdaptorAttention):
 
     def __call__(self, x: mx.array, mask: mx.array) -> mx.array:
         """Attend over rows x (B, A, C) where mask (B, A) is True; returns (B, A, C)."""
-        if x.dtype != mx.float32 or not x.size:
+        if not can_compute(self, x):
             y: mx.array = super().__call__(x, mask)
             return y
         packed = multiply(view(x), self.in_proj_weight, self.in_proj_bias)

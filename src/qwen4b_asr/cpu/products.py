@@ -42,12 +42,20 @@ def multiply(x: Array, weight: mx.array, bias: mx.array | None = None) -> Array:
     return y.reshape(*x.shape[:-1], -1)
 
 
+def can_compute(module: nn.Module, x: mx.array) -> bool:
+    """Whether NumPy may compute a module's output for x: not in other types than float32, and not in training mode.
+
+    MLX does not see what happens here, so a gradient would be zero without a word.
+    """
+    return x.dtype == mx.float32 and x.size > 0 and not module.training
+
+
 class NumpyLinear(nn.Linear):
     """A dense float32 layer."""
 
     def __call__(self, x: mx.array) -> mx.array:
         """Map (..., C) to (..., R)."""
-        if x.dtype != mx.float32 or not x.size:
+        if not can_compute(self, x):
             y: mx.array = super().__call__(x)
             return y
         return mx.array(multiply(view(x), self.weight, self.get("bias")))
@@ -58,7 +66,7 @@ class NumpyEmbedding(nn.Embedding):
 
     def as_linear(self, x: mx.array) -> mx.array:
         """Map (..., C) to (..., R)."""
-        if x.dtype != mx.float32 or not x.size:
+        if not can_compute(self, x):
             y: mx.array = super().as_linear(x)
             return y
         return mx.array(multiply(view(x), self.weight))
@@ -78,7 +86,7 @@ class NumpyUnpackingLinear(UnpackingLinear):
         """Map (..., C) to (..., R) by the matrix that the codes stand for."""
         assert self.biases is not None  # of affine mode
         weight = unpack(self.weight, self.scales, self.biases, scheme)
-        if x.dtype != mx.float32 or weight.dtype != mx.float32:
+        if weight.dtype != mx.float32 or not can_compute(self, x):
             return x @ weight.T
         return mx.array(multiply(view(x), weight))
 

@@ -1,0 +1,250 @@
+"""What NumPy computes on a CPU is what MLX computes, up to rounding, for any shapes, masks and offsets."""
+
+from dataclasses import replace
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from mlx.utils import tree_flatten
+
+from qwen4b_asr import prepare
+from qwen4b_asr.batch_cache import BatchCache
+from qwen4b_asr.cache import KVCache, QuantizedKVCache
+from qwen4b_asr.cpu import arithmetic, listening, products
+from qwen4b_asr.cpu.decoder import NumpyDecoderLayer, use_numpy_layers
+from qwen4b_asr.decoder import Qwen3
+from qwen4b_asr.generate import Generation, GenerationOptions
+from qwen4b_asr.kernels.attention import attention_reference
+from qwen4b_asr.kernels.fsmn import fsmn_reference
+from qwen4b_asr.lora import LoraConfig, LoraLinear, build_lora
+from qwen4b_asr.model import SpeechModel
+from qwen4b_asr.pass_costs import PassCost, pass_cost
+from qwen4b_asr.quantization import Quantization, Scheme, UnpackingLinear, quantize_modules
+from tests.helpers.tiny import CONFIG, max_abs, ragged_lengths, randomise, rows, tiny_model
+
+SIZES = CONFIG.decoder
+GROUPS, WIDTH = SIZES.num_key_value_heads, SIZES.hidden_size
+
+
+def on_numpy(seed: int = 0) -> SpeechModel:
+    """Return a copy of `tiny_model` made ready for a CPU with NumPy's BLAS."""
+    model = SpeechModel(CONFIG)
+    randomise(model, seed)
+    products.multiply_by_numpy(model)
+    listening.listen_with_numpy(model)
+    use_numpy_layers(model)
+    return model
+
+
+MODEL = on_numpy()
+
+
+def close(x: object, wanted: mx.array, within: float = 2e-5) -> bool:
+    return np.allclose(np.array(x), np.array(wanted), rtol=0, atol=within * max(1.0, max_abs(wanted)))
+
+
+@given(
+    st.lists(st.integers(1, 40), min_size=0, max_size=2),
+    st.integers(1, 60),
+    st.integers(1, 70),
+    st.booleans(),
+    st.integers(0, 99),
+)
+def test_products_of_any_number_of_rows(leading, inputs, outputs, bias, seed):
+    layer = nn.Linear(inputs, outputs, bias=bias)
+    randomise(layer, seed)
+    x = mx.random.normal((*leading, inputs), key=mx.random.key(seed))
+    wanted = layer(x)
+    assert products.multiply_by_numpy(layer) == [""]
+    found = layer(x)
+    assert found.shape == wanted.shape == (*leading, outputs)
+    assert close(found, wanted)
+    assert close(layer(x[..., :0, :] if leading else x), wanted[..., :0, :] if leading else wanted)
+
+
+def test_rows_of_zeros_that_fill_a_group_stay_inside():
+    weight = mx.random.normal((5, 3), key=mx.random.key(0))
+    for count in range(1, 140):
+        x = np.array(rows(count, 3, count))
+        assert np.allclose(products.multiply(x, weight), x @ np.array(weight).T, atol=1e-5)
+
+
+@given(
+    st.integers(1, 3),
+    st.sampled_from([(4, 4), (4, 2), (6, 1)]),
+    st.integers(1, 12),
+    st.integers(0, 9),
+    st.booleans(),
+    st.integers(0, 99),
+)
+def test_attention(batch, heads, queries, held, causal, seed):
+    keys = iter(mx.random.split(mx.random.key(seed), 4))
+    own, groups = heads
+    q = mx.random.normal((batch, own, queries, 8), key=next(keys))
+    k, v = (mx.random.normal((batch, groups, held + queries, 8), key=next(keys)) for _ in range(2))
+    mask = None if causal else mx.random.uniform(shape=(batch, held + queries), key=next(keys)) < 0.7
+    wanted = attention_reference(q, k, v, scale=0.3, mask=mask, causal=causal, offset=held)
+    seen = None if mask is None else np.array(mask)[:, None, None]
+    found = arithmetic.attention(*map(np.array, (q, k, v)), 0.3, seen, causal)
+    blind = np.zeros(batch, bool) if mask is None else ~np.array(mask).any(axis=1)
+    wanted_rows = np.array(wanted).transpose(0, 2, 1, 3)
+    assert np.allclose(found[~blind], wanted_rows[~blind], atol=1e-5)
+    assert np.isfinite(found).all()
+
+
+@given(ragged_lengths(), st.integers(1, 9), st.integers(1, 7), st.data())
+def test_memory(lengths, width, taps, data):
+    left = data.draw(st.integers(0, taps - 1))
+    packed = mx.random.normal((len(lengths), max(lengths), 3 * width), key=mx.random.key(taps))
+    weight = mx.random.normal((width, taps, 1), key=mx.random.key(width))
+    mask = mx.arange(max(lengths))[None] < mx.array(lengths)[:, None]
+    wanted = fsmn_reference(packed, weight, mask, left=left)
+    values = np.array(packed)[..., 2 * width :]
+    assert close(listening.memory(values, np.array(weight)[:, :, 0].T.copy(), np.array(mask), left), wanted)
+
+
+@given(st.integers(1, 5), st.integers(1, 9), st.integers(-20, 3000), st.booleans(), st.integers(0, 99))
+def test_rotation(batch, count, offset, apart, seed):
+    x = mx.random.normal((batch, 3, count, 8), key=mx.random.key(seed))
+    offsets = [offset + 7 * i for i in range(batch)] if apart else [offset]
+    at = mx.array(offsets) if apart else offset
+    wanted = mx.fast.rope(x, 8, traditional=False, base=1e4, scale=1.0, offset=at)
+    assert close(arithmetic.rotate(np.array(x), offsets, 1e4), wanted, 5e-4)  # of angles up to 3000 in float32
+
+
+@given(ragged_lengths(most=12), st.integers(0, 3), st.integers(0, 99))
+def test_ragged_batches_with_a_cache(lengths, steps, seed):
+    padding = [max(lengths) - n for n in lengths]
+    x = mx.random.normal((len(lengths), max(lengths), WIDTH), key=mx.random.key(seed))
+    found = []
+    for model in (tiny_model().decoder, MODEL.decoder):
+        cache = BatchCache(SIZES.num_hidden_layers, padding)
+        hidden = [model.hidden(x, cache.layers, cache.mask(x.shape[1]))[:, -1]]
+        cache.advance(x.shape[1])
+        for step in range(steps):
+            one = mx.random.normal((len(lengths), 1, WIDTH), key=mx.random.key(seed + step + 1))
+            hidden.append(model.hidden(one, cache.layers, cache.mask(1))[:, -1])
+            cache.advance(1)
+        found.append(mx.concatenate(hidden))
+    assert close(found[1], found[0], 1e-4)
+
+
+@pytest.mark.parametrize("make", [KVCache, lambda: QuantizedKVCache(8)])
+def test_steps_through_each_cache(make):
+    sizes = replace(SIZES, head_dim=32)  # codes come in groups
+    x = rows(9, WIDTH)[None]
+    found = []
+    for numpys in (False, True):
+        model = randomise(Qwen3(sizes), 4)
+        if numpys:
+            products.multiply_by_numpy(model)
+            use_numpy_layers(model)
+        cache = [make() for _ in range(sizes.num_hidden_layers)]
+        found.append(mx.concatenate([model.hidden(x[:, i : i + 3], cache) for i in range(0, 9, 3)], axis=1))
+    assert close(found[1], found[0], 1e-4 if make is KVCache else 2e-2)  # where rounding turns a code into the next
+
+
+@given(ragged_lengths())
+def test_listening(lengths):
+    features = mx.random.normal((len(lengths), max(lengths), 56), key=mx.random.key(len(lengths)))
+    mask = mx.arange(max(lengths))[None] < mx.array(lengths)[:, None]
+    wanted, seen = tiny_model().audio_encoder(features, mask)
+    found, _ = MODEL.audio_encoder(features, mask)
+    assert close(found, wanted, 1e-4)
+    assert close(MODEL.ctc_logits(found), tiny_model().ctc_logits(wanted), 1e-4)
+    real = np.array(seen)
+    heard, expected = np.array(MODEL.adaptor(wanted, seen)), np.array(tiny_model().adaptor(wanted, seen))
+    assert np.allclose(heard[real], expected[real], atol=1e-4 * max(1.0, float(np.abs(expected[real]).max())))
+
+
+def test_adapters_keep_working():
+    config = LoraConfig(rank=2, alpha=1.0, target_modules=("layers.0.self_attn.q_proj",))
+    decoders = []
+    for numpys in (False, True):
+        decoder = randomise(Qwen3(SIZES), 4)
+        build_lora(decoder, config)
+        randomise(decoder, 5)
+        if numpys:
+            products.multiply_by_numpy(decoder)
+            assert len(use_numpy_layers(decoder)) == SIZES.num_hidden_layers
+        assert type(decoder.model.layers[0].self_attn.q_proj) is LoraLinear
+        decoders.append(decoder)
+    x = rows(6, WIDTH)[None]
+    assert close(decoders[1](x), decoders[0](x), 1e-4)
+
+
+def test_codes_are_unpacked_for_many_rows_and_other_layers_left_alone():
+    layer = nn.Sequential(nn.Linear(64, 32))
+    randomise(layer, 1)
+    quantize_modules(layer, Quantization(Scheme(32, 4)))
+    few, many = rows(2, 64), rows(40, 64)
+    layer.layers[0].__class__ = UnpackingLinear
+    wanted = layer(few), layer(many)
+    assert products.multiply_by_numpy(layer) == ["layers.0"]
+    assert np.array_equal(np.array(layer(few)), np.array(wanted[0]))
+    assert close(layer(many), wanted[1])
+    assert not products.computes_at_once(layer)
+    half = nn.Linear(4, 4)
+    half.set_dtype(mx.bfloat16)
+    assert products.multiply_by_numpy(half) == []
+
+
+def test_a_token_is_given_before_the_next_step_is_computed(monkeypatch):
+    passes = []
+    original = NumpyDecoderLayer.__call__
+
+    def counted(self, x, *rest):
+        passes.append(x.shape[1])
+        return original(self, x, *rest)
+
+    monkeypatch.setattr(NumpyDecoderLayer, "__call__", counted)
+    generation = Generation(MODEL.decoder, rows(5, WIDTH), GenerationOptions(6, ()))
+    for number, _ in enumerate(generation):
+        assert len(passes) == SIZES.num_hidden_layers * (1 + number)
+    plain = Generation(tiny_model().decoder, rows(5, WIDTH), GenerationOptions(6, ()))
+    assert generation.tokens == list(plain)
+    assert generation.decoder_passes == plain.decoder_passes
+
+
+def test_passes_over_several_rows_cost_more_than_where_mlx_multiplies():
+    ours, mlxs = pass_cost(MODEL.decoder), pass_cost(tiny_model().decoder)
+    assert isinstance(ours, PassCost)
+    assert ours.of(2) == ours.of(8) > 1.5 > mlxs.of(8)
+    assert ours.of(9) == ours.of(16) > ours.of(8)
+    assert ours.of(1) == 1
+
+
+@pytest.mark.parametrize("numpys", [True, False])
+def test_prepare_leaves_products_to_numpy_where_it_can(monkeypatch, numpys):
+    limited = []
+    monkeypatch.setattr(prepare, "numpy_multiplies", lambda: numpys)
+    monkeypatch.setattr(prepare, "leave_cores_to_numpy", lambda: limited.append(True))
+    model = SpeechModel(CONFIG)
+    randomise(model, 0)
+    prepare.prepare(model)
+    assert bool(limited) == numpys
+    assert products.computes_at_once(model) == numpys
+    assert products.computes_at_once(model.audio_encoder) == numpys
+    assert any(type(m) is NumpyDecoderLayer for _, m in model.named_modules()) == numpys
+    x = rows(4, WIDTH)[None]
+    assert close(model.decoder(x), tiny_model().decoder(x), 1e-4)
+
+
+def test_in_training_mode_there_are_gradients():
+    model, plain = on_numpy(), SpeechModel(CONFIG)
+    randomise(plain, 0)
+    x, features = rows(3, WIDTH)[None], mx.random.normal((1, 6, 56), key=mx.random.key(2))
+
+    def losses(one):
+        return one.decoder(x).sum() + one.adaptor(one.audio_encoder(features)[0]).sum()
+
+    found = []
+    for one in (model, plain):
+        one.train()
+        found.append(dict(tree_flatten(nn.value_and_grad(one, losses)(one)[1])))
+    assert found[0].keys() == found[1].keys()
+    assert all(close(found[0][name], wanted, 1e-4) for name, wanted in found[1].items())
+    assert max_abs(found[0]["decoder.model.layers.0.mlp.up_proj.weight"]) > 0
