@@ -230,6 +230,11 @@ class Qwen3(nn.Module):
         if config.lora is not None:
             build_lora(self, config.lora)
 
+    @property
+    def computes_at_once(self) -> bool:
+        """Whether there are layers that compute when they are called, as those of `cpu` do, so that nothing is lazy."""
+        return any(getattr(module, "computes_at_once", False) for module in self.modules() if module is not self)
+
     def embed(self, token_ids: mx.array) -> mx.array:
         """Look up token ids (..., S); returns (..., S, H)."""
         return self.model.embed_tokens(token_ids)

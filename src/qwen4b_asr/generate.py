@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 
 from .cache import KeysValues, KVCache, QuantizedKVCache
-from .cpu.products import computes_at_once
 from .decoder import Qwen3
 from .prefix import PrefixCache
 from .sampling import GreedyChain, Sampler, SamplingOptions
@@ -161,7 +160,7 @@ class Generation:
         """
         mx.async_eval(token)
         at_once = mx.default_device().type == mx.gpu
-        nothing_ahead = computes_at_once(self._decoder)
+        nothing_ahead = self._decoder.computes_at_once
         while not enough():
             if nothing_ahead:
                 yield int(token)

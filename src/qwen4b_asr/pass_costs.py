@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from .cpu.products import computes_at_once
 from .decoder import Qwen3
 
 
@@ -74,7 +73,7 @@ _MEMORY = 0.96
 def pass_cost(decoder: Qwen3) -> PassCost:
     """Return what passes cost on the default device; of matrices in several forms the mean, by their sizes."""
     device = "gpu" if mx.default_device().type == mx.DeviceType.gpu else "cpu"
-    dense = "numpy" if computes_at_once(decoder) else device
+    dense = "numpy" if decoder.computes_at_once else device
     sizes: dict[str, int] = {}
     weights: list[tuple[str, mx.array]] = tree_flatten(decoder.parameters())  # type: ignore[assignment]
     for _, weight in weights:

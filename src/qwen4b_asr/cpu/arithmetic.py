@@ -15,7 +15,7 @@ import numpy as np
 from .products import Array
 
 Mask = np.ndarray[tuple[int, ...], np.dtype[np.bool_]]
-_HIDDEN = np.finfo(np.float32).min
+_HIDDEN = -3.0e38  # as good as nothing beside any score, and finite
 
 
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:

@@ -53,6 +53,8 @@ def can_compute(module: nn.Module, x: mx.array) -> bool:
 class NumpyLinear(nn.Linear):
     """A dense float32 layer."""
 
+    computes_at_once = True
+
     def __call__(self, x: mx.array) -> mx.array:
         """Map (..., C) to (..., R)."""
         if not can_compute(self, x):
@@ -63,6 +65,8 @@ class NumpyLinear(nn.Linear):
 
 class NumpyEmbedding(nn.Embedding):
     """A float32 table of embeddings that scores hidden states as well."""
+
+    computes_at_once = True
 
     def as_linear(self, x: mx.array) -> mx.array:
         """Map (..., C) to (..., R)."""
@@ -114,8 +118,3 @@ def multiply_by_numpy(model: nn.Module) -> list[str]:
             module.__class__ = kind
             changed.append(path)
     return sorted(changed)
-
-
-def computes_at_once(model: nn.Module) -> bool:
-    """Whether a model has layers that compute when they are called, instead of describing what to compute."""
-    return any(type(module) in (NumpyLinear, NumpyEmbedding) for _, module in model.named_modules())
