@@ -58,8 +58,8 @@ _FORMS = {
 }
 # Rows that cost more save too little for the work of drafting.
 _WORTH_IT = 0.5
-# What drafts may waste altogether: a part of the plain cost, and this many passes more where the draft had the last
-# token right. A useless draft hardly ever has, and short texts have little to stake. Each token that the draft had
+# What drafts may waste altogether: a part of the plain cost, and where the draft had the last token right this many
+# passes more, or a short run: a useless draft hardly ever has, and short texts have little to stake. Each token that the draft had
 # right earns a little more to stake, up to as much again, so that one unlucky run is not the last.
 _STAKE, _TRUST, _EARNED = 0.015, 0.3, 0.1
 # Tokens per cost that a run must promise, where a plain step gives 1.
@@ -164,7 +164,8 @@ class Stakes:
         if not self._hits:
             return 0
         stake = _STAKE * max(done, self.tokens)
-        loss_allowed = stake + min(stake, _EARNED * self._hits) + _TRUST * self._hit - self.debt
+        trust = max(_TRUST, self.cost.of(2) - 1) if self._hit else 0.0
+        loss_allowed = stake + min(stake, _EARNED * self._hits) + trust - self.debt
         again = self.after_hit.value
         reach = again if self._hit else self.after_miss.value  # chance that a run gets as far as its last token
         expected, best, best_rate = 1.0, 0, _GAIN

@@ -28,6 +28,7 @@ class Doctored:
         self.config = decoder.config
         self.model = decoder.model
         self.embed = decoder.embed
+        self.computes_at_once = decoder.computes_at_once
         self.parameters = decoder.parameters
         self.rows: dict[int, list[int]] = {}  # by cache: with how many rows each position came
         self.most_held = 0

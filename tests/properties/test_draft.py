@@ -110,7 +110,8 @@ def test_no_draft_wastes_more_than_its_stake(data: Any, cost: float, free: int, 
         stakes.pay(1 + length, right + 1)
         done, spent = done + right + 1, spent + stakes.cost.of(1 + length)
         stake = 0.015 * max(done, tokens)
-        assert spent <= (done - 1) + stake + (min(stake, 0.1 * done) + 0.3 if quality else 0.0) + 1e-9
+        trust = max(0.3, stakes.cost.of(2) - 1)
+        assert spent <= (done - 1) + stake + (min(stake, 0.1 * done) + trust if quality else 0.0) + 1e-9
         assert stakes.debt == pytest.approx(spent - (done - 1))
 
 
