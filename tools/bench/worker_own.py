@@ -24,6 +24,7 @@ from bench.model_files import (
 )
 from bench.worker import Stage, Timed, Worker, stamped
 from qwen4b_asr.config import ModelConfig
+from qwen4b_asr.cpu.products import multiply, numpy_multiplies, view
 from qwen4b_asr.encoder import SenseVoiceEncoder
 from qwen4b_asr.generate import Generation, GenerationOptions
 from qwen4b_asr.model import SpeechModel
@@ -92,7 +93,11 @@ class _Loaded:
 
     def worker(self) -> Worker:
         verbs = {"make_inputs": self.make_inputs, "draft": self.draft, "batch": self.batch}
-        return Worker(about(), self.stages, to_numpy, peak, verbs)
+        facts = about()
+        if numpy_multiplies():
+            facts["blas"] = "NumPy's OpenBLAS"
+            facts["versions"]["numpy"] = np.__version__
+        return Worker(facts, self.stages, to_numpy, peak, verbs)
 
     def make_inputs(self, request: dict[str, Any]) -> dict[str, Any]:
         """Write what every side gets: samples, features, audio states and prompt ids, as far as there are parts."""
@@ -186,6 +191,7 @@ def ceiling() -> Timed:
         ("matvec", lambda: big @ vector),
         ("vecmat", lambda: vector.T @ big[: vector.shape[0]]),
         ("sum", lambda: big.sum()),
+        ("sgemv", lambda: mx.array(multiply(view(vector.T), big))),  # NumPy's; on a GPU's arrays it is slow, not wrong
     ):
         start = time.perf_counter()
         mx.eval(call())
