@@ -59,8 +59,8 @@ _FORMS = {
 # Rows that cost more save too little for the work of drafting.
 _WORTH_IT = 0.5
 # What drafts may waste altogether: a part of the plain cost, and where the draft had the last token right this many
-# passes more, or a short run: a useless draft hardly ever has, and short texts have little to stake. Each token that the draft had
-# right earns a little more to stake, up to as much again, so that one unlucky run is not the last.
+# passes more, or a short run: a useless draft hardly ever has, and short texts have little to stake. Each token that
+# the draft had right earns a little more to stake, up to as much again: one unlucky run is not to be the last.
 _STAKE, _TRUST, _EARNED = 0.015, 0.3, 0.1
 # Tokens per cost that a run must promise, where a plain step gives 1.
 _GAIN = 1.05
