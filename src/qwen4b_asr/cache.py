@@ -72,6 +72,20 @@ class KVCache:
         own_keys, own_values = self._buffers
         return own_keys.write(keys, self.offset), own_values.write(values, self.offset)
 
+    def spare(self, count: int) -> list[mx.array] | None:
+        """Return the buffers (B, G, room, E) of keys and values if `count` more positions fit into them; None for codes.
+
+        For who writes rows from `offset` on in place, which MLX does not see, and then calls `advance`.
+        """
+        fits = self._arrays == KVCache._arrays and all(
+            b.array is not None and self.offset + count <= b.array.shape[2] for b in self._buffers
+        )
+        return self.state if fits else None
+
+    def advance(self, count: int) -> None:
+        """Count rows that were written in place."""
+        self.offset += count
+
     def trim(self, count: int) -> None:
         """Forget the last `count` positions.
 

@@ -6,6 +6,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from ..cache import KVCache
 from ..decoder import DecoderLayer, LayerCache
 from ..lora import LoraLinear
 from .arithmetic import attention, rms_norm, rotate
@@ -41,9 +42,7 @@ class NumpyDecoderLayer(DecoderLayer):
         k = turned(layer.k_proj, layer.kv_heads, layer.k_norm)
         v = project(layer.v_proj, x).reshape(batch, rows, layer.kv_heads, -1).transpose(0, 2, 1, 3)
         if cache is not None:
-            keys, values = cache.update(mx.array(k), mx.array(v))
-            mx.eval(keys, values)
-            k, v = view(keys), view(values)
+            k, v = _remember(cache, k, v)
         seen = None if mask is None else np.asarray(mask)
         context = attention(q, k, v, layer.head_dim**-0.5, seen, causal=mask is None)
         return project(layer.o_proj, context.reshape(batch, rows, -1))
@@ -53,6 +52,22 @@ class NumpyDecoderLayer(DecoderLayer):
         gate /= 1 + np.exp(-gate)
         gate *= project(self.mlp.up_proj, x)
         return project(self.mlp.down_proj, gate)
+
+
+def _remember(cache: LayerCache, k: Array, v: Array) -> tuple[Array, Array]:
+    """Append keys and values (B, G, S, E), and return all that is held."""
+    rows = k.shape[2]
+    if isinstance(cache, KVCache) and (buffers := cache.spare(rows)):
+        # In place: having MLX do it takes as long as attention.
+        first, last = cache.offset, cache.offset + rows
+        keys, values = view(buffers[0]), view(buffers[1])
+        keys[:, :, first:last] = k
+        values[:, :, first:last] = v
+        cache.advance(rows)
+        return keys[:, :, :last], values[:, :, :last]
+    held = cache.update(mx.array(k), mx.array(v))
+    mx.eval(held)
+    return view(held[0]), view(held[1])
 
 
 def use_numpy_layers(decoder: nn.Module) -> list[str]:
