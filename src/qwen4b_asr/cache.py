@@ -73,13 +73,12 @@ class KVCache:
         return own_keys.write(keys, self.offset), own_values.write(values, self.offset)
 
     def spare(self, count: int) -> list[mx.array] | None:
-        """Return the buffers (B, G, room, E) of keys and values if `count` more positions fit into them; None for codes.
+        """Return the buffers (B, G, room, E) of keys and values if `count` more positions fit; None for codes.
 
         For who writes rows from `offset` on in place, which MLX does not see, and then calls `advance`.
         """
-        fits = self._arrays == KVCache._arrays and all(
-            b.array is not None and self.offset + count <= b.array.shape[2] for b in self._buffers
-        )
+        ends = [buffer.array.shape[2] if buffer.array is not None else 0 for buffer in self._buffers]
+        fits = self._arrays == KVCache._arrays and self.offset + count <= min(ends)
         return self.state if fits else None
 
     def advance(self, count: int) -> None:
