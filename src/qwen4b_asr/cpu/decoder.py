@@ -66,7 +66,6 @@ def _remember(cache: LayerCache, k: Array, v: Array) -> tuple[Array, Array]:
         cache.advance(rows)
         return keys[:, :, :last], values[:, :, :last]
     held = cache.update(mx.array(k), mx.array(v))
-    mx.eval(held)
     return view(held[0]), view(held[1])
 
 
