@@ -6,6 +6,9 @@ float32 matrices some twenty times slower than OpenBLAS. `libmlx.so` looks for
 OpenBLAS loaded with RTLD_GLOBAL *before* MLX takes the wheel's place; nothing
 else changes. Where there is no OpenBLAS, the wheel's own is used as before.
 
+NumPy's wheels carry an OpenBLAS too, under names of its own, so that MLX cannot
+call it; `cpu` does, for the products with weights (`numpy_blas`).
+
 `python -m qwen4b_asr._blas` measures what it gains; compare with
 `QWEN4B_ASR_BLAS=off` and `OPENBLAS_NUM_THREADS=1`.
 """
@@ -32,7 +35,7 @@ _THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "GOTO_NUM_THREADS", "OMP_NUM_THREAD
 _THREAD_FUNCTIONS = {
     "openblas_set_num_threads": ctypes.c_int,
     "scipy_openblas_set_num_threads64_": ctypes.c_int,
-    "scipy_openblas_set_num_threads": ctypes.c_int,
+    "openblas_set_num_threads64_": ctypes.c_int,  # NumPy 1.26
     "bli_thread_set_num_threads": ctypes.c_int64,
 }
 
@@ -92,7 +95,7 @@ def numpy_blas() -> str | None:
     found = importlib.util.find_spec("numpy")
     if found is None or found.origin is None:
         return None
-    libraries = sorted(Path(found.origin).parents[1].glob("numpy.libs/libscipy_openblas*"))
+    libraries = sorted(Path(found.origin).parents[1].glob("numpy.libs/*openblas*"))
     return str(libraries[0]) if libraries else None
 
 

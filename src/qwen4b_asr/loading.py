@@ -44,8 +44,9 @@ def load(
         lora: ``keep`` low-rank adapters of the decoder apart, so that they can be changed; or ``merge`` them into its
             weights, which saves two small products per layer and token.
         adapters: PEFT directories to put beside the decoder's layers, and the strength of each; 1 is as trained.
-        join: Lay the decoder's weights out anew in memory, for speed: projections of one input joined or, in float32
-            on a CPU, matrices by columns. The results are the same.
+        join: Make the model quick on its device, see `prepare`: projections of one input joined or, in float32 on a
+            CPU, weights laid out anew and products left to NumPy. False keeps the modules that a checkpoint describes,
+            which `mx.compile` and `mx.vmap` need.
         memory_limit: Bytes that the whole program may take, checked before anything is loaded; without it what the
             machine has, and a warning where little is left.
         batch_size: Windows that will be worked on at once, for what is checked against the memory.

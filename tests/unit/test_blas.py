@@ -182,3 +182,40 @@ def test_blis_with_64_bit_integers_is_refused(bits, said):
     else:
         with pytest.raises(ValueError, match=said):
             _blas._check(library)
+
+
+SHARES = """
+import ctypes, os
+import numpy as np
+from qwen4b_asr import _blas
+numpys, mlxs = _blas.numpy_blas(), _blas.preload_openblas()
+_blas.physical_cores = lambda: {cores}
+_blas.leave_cores_to_numpy()
+library = ctypes.CDLL(numpys)
+names = ("scipy_openblas_get_num_threads64_", "openblas_get_num_threads64_")
+print(next(getattr(library, name)() for name in names if hasattr(library, name)))
+print(ctypes.CDLL(mlxs).openblas_get_num_threads() if mlxs else 1)
+"""
+
+
+@linux_only
+@pytest.mark.parametrize("cores", [1, 2])
+def test_numpy_has_the_cores_and_mlx_one(cores):
+    if _blas.numpy_blas() is None:
+        pytest.skip("this NumPy does not carry an OpenBLAS")
+    assert fresh(SHARES.format(cores=cores)).stdout.split() == [str(cores), "1"]
+    chosen = fresh(SHARES.format(cores=2), OPENBLAS_NUM_THREADS="1").stdout.split()
+    assert chosen == ["1", "1"]
+
+
+@linux_only
+def test_numpy_multiplies_only_where_nobody_chose_otherwise(monkeypatch):
+    monkeypatch.delenv(_blas.BLAS_VARIABLE, raising=False)
+    carried = _blas.numpy_blas()
+    assert carried is None or "openblas" in os.path.basename(carried)
+    for choice in ("off", "/some/libblis.so"):
+        monkeypatch.setenv(_blas.BLAS_VARIABLE, choice)
+        assert _blas.numpy_blas() is None
+    monkeypatch.delenv(_blas.BLAS_VARIABLE)
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert _blas.numpy_blas() is None

@@ -47,6 +47,7 @@ class Report:
         device: ``kind`` (``cpu``, ``metal`` or ``cuda``), ``name``, ``architecture``.
         memory: ``total`` of the machine; ``active``, ``cache``, ``peak`` and ``limit`` of MLX.
         blas: Library that was loaded for MLX's CPU matrix products; None if it is MLX's own.
+        numpy_blas: Library through which NumPy multiplies with float32 weights; None if that is left to MLX.
         kernels: By operation, ``status`` and ``detail``.
         models: ``name``, ``path`` and ``problem``, if any, of each model directory.
         findings: What is broken or could be better.
@@ -56,6 +57,7 @@ class Report:
     device: dict[str, str] = field(default_factory=dict)
     memory: dict[str, int | None] = field(default_factory=dict)
     blas: str | None = None
+    numpy_blas: str | None = None
     kernels: dict[str, dict[str, str]] = field(default_factory=dict)
     models: list[dict[str, str | None]] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
@@ -173,16 +175,20 @@ def _look_at_memory(report: Report) -> None:
 
 
 def _look_at_blas(report: Report) -> None:
-    from .._blas import BLAS_VARIABLE, loaded_blas
+    from .._blas import BLAS_VARIABLE, loaded_blas, numpy_blas
 
     report.blas = loaded_blas()
+    if report.device["kind"] == "cpu":
+        report.numpy_blas = numpy_blas()
     if report.device["kind"] != "cpu" or sys.platform != "linux" or report.blas:
         return
     if os.environ.get(BLAS_VARIABLE, "").lower() == "off":
         advice = f"unset {BLAS_VARIABLE}"
     else:
         advice = f"install OpenBLAS (Debian, Ubuntu: apt install libopenblas0-pthread), or set {BLAS_VARIABLE} to one"
-    report.findings.append(Finding(False, "MLX multiplies with its own BLAS, some twenty times slower", advice))
+    what = "what is not left to NumPy" if report.numpy_blas else "everything"
+    problem = f"MLX multiplies {what} with its own BLAS, some twenty times slower"
+    report.findings.append(Finding(False, problem, advice))
 
 
 def _look_at_kernels(report: Report) -> None:
@@ -270,6 +276,8 @@ def as_text(report: Report) -> str:
             ("memory", "{total}; MLX: {active} active, {cache} cached, {peak} peak, limit {limit}".format(**sizes))
         )
         rows.append(("BLAS", report.blas or "as MLX comes"))
+        if report.numpy_blas:
+            rows.append(("for weights", f"NumPy's {Path(report.numpy_blas).name}"))
     width = max(map(len, report.kernels), default=0)
     for index, (name, state) in enumerate(report.kernels.items()):
         words = f"{name:{width}}  {state['status']:6}  {_line(state['detail'])}"
