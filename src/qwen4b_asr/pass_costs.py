@@ -41,7 +41,7 @@ class PassCost:
 # reads a matrix twice as fast as OpenBLAS packs it for several; MLX has it packed always. Other products of MLX go row
 # by row. For GPUs they are a guess on the careful side.
 _COSTS = {
-    ("numpy", "float32"): PassCost(0.1, free=8, run=0.8, group=8),
+    ("numpy", "float32"): PassCost(0.13, free=8, run=1.05, group=8),
     ("cpu", "float32"): PassCost(0.04, free=8),
     ("cpu", "16 bits"): PassCost(0.36),
     ("cpu", "quantised"): PassCost(0.95),

@@ -161,6 +161,19 @@ class Sampler:
             Logits (K, V), float32; each row as `process` gives it.
         """
         logits = mx.array(logits.astype(mx.float32))
+        penalised, banned = self.run_changes(generated, run)
+        if penalised:
+            rows, ids = (mx.array(places) for places in zip(*penalised, strict=True))
+            logits[rows, ids] = _penalise(logits[rows, ids], self.options.repetition_penalty)
+        if banned:
+            rows, ids = (mx.array(places) for places in zip(*banned, strict=True))
+            logits[rows, ids] = -mx.inf
+        return logits
+
+    def run_changes(
+        self, generated: Sequence[int], run: Sequence[int]
+    ) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+        """Return the entries (row, token id) that the penalty and the ban change in a run; see `process_run`."""
         history, seen = list(generated), set(generated)
         penalised: list[tuple[int, int]] = []
         banned: list[tuple[int, int]] = []
@@ -171,13 +184,7 @@ class Sampler:
             if row < len(run):
                 history.append(run[row])
                 seen.add(run[row])
-        if penalised:
-            rows, ids = (mx.array(places) for places in zip(*penalised, strict=True))
-            logits[rows, ids] = _penalise(logits[rows, ids], self.options.repetition_penalty)
-        if banned:
-            rows, ids = (mx.array(places) for places in zip(*banned, strict=True))
-            logits[rows, ids] = -mx.inf
-        return logits
+        return penalised, banned
 
     def choose(self, logits: mx.array, generated: Sequence[int]) -> int:
         """Choose the next token.

@@ -21,6 +21,7 @@ import mlx.core as mx
 import numpy as np
 
 from .cache import KVCache
+from .cpu.choices import choose_run
 from .decoder import Qwen3
 from .draft import Place
 from .generate import Generation, GenerationOptions
@@ -137,11 +138,14 @@ class DraftedGeneration(Generation):
 
     def _judge(self, logits: mx.array, run: Sequence[int]) -> tuple[list[int], list[bool]]:
         """Choose a token in each row of logits (K, V), and tell which choices rounding cannot change."""
+        factor = self._options.sampling.repetition_penalty
+        doubt = max(self._doubt, _DOUBT[logits.dtype]) * max(factor, 1 / factor)
+        if self._decoder.computes_at_once and logits.dtype == mx.float32:
+            chosen, ahead, size = choose_run(self._sampler, logits, self._chosen, run)
+            return chosen, (ahead > doubt * size).tolist()
         scores = self._sampler.process_run(logits, self._chosen, run)
         ids, leads = best_two(scores)
         scale = mx.max(mx.abs(logits.astype(mx.float32)), axis=-1)
-        factor = self._options.sampling.repetition_penalty
-        doubt = max(self._doubt, _DOUBT[logits.dtype]) * max(factor, 1 / factor)
         certain = leads > doubt * scale  # not where one of them is not a number
         return np.array(ids).tolist(), np.array(certain).tolist()
 

@@ -31,11 +31,15 @@ def view(x: mx.array) -> Array:
 
 def multiply(x: Array, weight: mx.array, bias: mx.array | None = None) -> Array:
     """Return ``x @ weight.T + bias`` for x (..., C) and weight (R, C): (..., R)."""
-    rows = x.reshape(-1, x.shape[-1])
+    rows, matrix = x.reshape(-1, x.shape[-1]), view(weight).T
     count = len(rows)
-    if 1 < count < _MANY and count % _GROUP:
-        rows = np.pad(rows, [(0, -count % _GROUP), (0, 0)])
-    y: Array = np.matmul(rows, view(weight).T)[:count]
+    y: Array
+    if count == 2:  # each by sgemv is still quicker than both together
+        y = np.stack([np.matmul(rows[0], matrix), np.matmul(rows[1], matrix)])
+    elif 2 < count < _MANY and count % _GROUP:
+        y = np.matmul(np.pad(rows, [(0, -count % _GROUP), (0, 0)]), matrix)[:count]
+    else:
+        y = np.matmul(rows, matrix)
     if bias is not None:
         y += view(bias)
     return y.reshape(*x.shape[:-1], -1)
