@@ -277,7 +277,7 @@ def as_text(report: Report) -> str:
         )
         rows.append(("BLAS", report.blas or "as MLX comes"))
         if report.numpy_blas:
-            rows.append(("for weights", f"NumPy's {Path(report.numpy_blas).name}"))
+            rows.append(("", f"for float32 weights NumPy's {Path(report.numpy_blas).name}"))
     width = max(map(len, report.kernels), default=0)
     for index, (name, state) in enumerate(report.kernels.items()):
         words = f"{name:{width}}  {state['status']:6}  {_line(state['detail'])}"
