@@ -15,7 +15,7 @@ import mlx.core as mx
 from .kernels.logits_argmax import OPERATION as LOGITS_ARGMAX
 from .kernels.logits_argmax import logits_argmax
 
-NEAR = 96 * 2.0**-23
+NEAR = 256 * 2.0**-23
 """Part of the largest logit by which rounding in float32 may change the lead of a token, with room to spare.
 
 Measured, in units of 2**-23 of the largest logit: passes over 3 to 16 rows and a batch of eight, against single rows,

@@ -95,10 +95,10 @@ def test_what_rounding_may_change_is_decided_by_plain_decoding(
 ) -> None:
     """Ties everywhere, errors just below those that the margin is meant for, and drafts that fell for them."""
     prompt = rows(1 + seed, CONFIG.hidden_size, seed)
-    model: Any = Doctored(decoder(seed, "dense"), len(prompt), step=step, noise=5e-6)
+    model: Any = Doctored(decoder(seed, "dense"), len(prompt), step=step, noise=1e-5)
     plain = Generation(model, prompt, chosen)
     wanted = list(plain)
-    wrong: Any = Doctored(decoder(seed, "dense"), len(prompt), step=step, noise=5e-6, always=True)
+    wrong: Any = Doctored(decoder(seed, "dense"), len(prompt), step=step, noise=1e-5, always=True)
     source = data.draw(st.sampled_from([wanted, list(Generation(wrong, prompt, chosen))]))
     drafted = DraftedGeneration(model, prompt, chosen, data.draw(edits(source)), stakes=given_stakes)
     assert list(drafted) == wanted
