@@ -37,7 +37,9 @@ def multiply(x: Array, weight: mx.array, bias: mx.array | None = None) -> Array:
     if count == 2:  # each by sgemv is still quicker than both together
         y = np.stack([np.matmul(rows[0], matrix), np.matmul(rows[1], matrix)])
     elif 2 < count < _MANY and count % _GROUP:
-        y = np.matmul(np.pad(rows, [(0, -count % _GROUP), (0, 0)]), matrix)[:count]
+        filled = np.zeros((count + -count % _GROUP, rows.shape[1]), np.float32)  # np.pad takes twenty times as long
+        filled[:count] = rows
+        y = np.matmul(filled, matrix)[:count]
     else:
         y = np.matmul(rows, matrix)
     if bias is not None:
