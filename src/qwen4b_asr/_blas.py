@@ -35,7 +35,6 @@ _THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "GOTO_NUM_THREADS", "OMP_NUM_THREAD
 _THREAD_FUNCTIONS = {
     "openblas_set_num_threads": ctypes.c_int,
     "scipy_openblas_set_num_threads64_": ctypes.c_int,
-    "openblas_set_num_threads64_": ctypes.c_int,  # NumPy 1.26
     "bli_thread_set_num_threads": ctypes.c_int64,
 }
 

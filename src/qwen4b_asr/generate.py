@@ -94,6 +94,7 @@ class Generation:
         self.decode_seconds = 0.0
         self.decoder_passes = 0
         self._decoder = decoder
+        self._nothing_ahead = decoder.computes_at_once
         self._options = options
         self._inputs = inputs_embeds
         self._prefix = tuple(prefix)
@@ -160,9 +161,8 @@ class Generation:
         """
         mx.async_eval(token)
         at_once = mx.default_device().type == mx.gpu
-        nothing_ahead = self._decoder.computes_at_once
         while not enough():
-            if nothing_ahead:
+            if self._nothing_ahead:
                 yield int(token)
                 token = chain.choose(self._step(token, cache))
                 continue

@@ -38,10 +38,11 @@ class PassCost:
 
 
 # On the CPU they were measured, by `tools/bench/drafts.py --costs`: NumPy has a routine of its own for one row, which
-# reads a matrix twice as fast as OpenBLAS packs it for several; MLX has it packed always. Other products of MLX go row
-# by row. For GPUs they are a guess on the careful side.
+# reads a matrix twice as fast as OpenBLAS packs it for several, but for a matrix in the caches; MLX has it packed
+# always. Other products of MLX go row by row. For GPUs they are a guess on the careful side.
 _COSTS = {
     ("numpy", "float32"): PassCost(0.13, free=8, run=1.05, group=8),
+    ("numpy", "float32 in cache"): PassCost(0.025, free=8, run=0.4),
     ("cpu", "float32"): PassCost(0.04, free=8),
     ("cpu", "16 bits"): PassCost(0.36),
     ("cpu", "quantised"): PassCost(0.95),
@@ -56,12 +57,13 @@ _FORMS = {
     mx.bfloat16: ("16 bits", 1),
     mx.uint32: ("quantised", 8),
 }
+# Bytes of float32 weights up to which they stay in the caches of a CPU from one pass to the next.
+_IN_CACHE = 16 << 20
 # Rows that cost more save too little for the work of drafting.
 _WORTH_IT = 0.5
 # What drafts may waste altogether: a part of the plain cost, and where the draft had the last token right this many
-# passes more, or a short run: a useless draft hardly ever has, and short texts have little to stake. Each token that
-# the draft had right earns a little more to stake, up to as much again: one unlucky run is not to be the last.
-_STAKE, _TRUST, _EARNED = 0.015, 0.3, 0.1
+# passes more: a useless draft hardly ever has, and short texts have little to stake.
+_STAKE, _TRUST = 0.015, 0.3
 # Tokens per cost that a run must promise, where a plain step gives 1.
 _GAIN = 1.05
 # Hits and misses that a belief starts with: of tokens after a hit, and of those after a miss.
@@ -73,15 +75,18 @@ _MEMORY = 0.96
 def pass_cost(decoder: Qwen3) -> PassCost:
     """Return what passes cost on the default device; of matrices in several forms the mean, by their sizes."""
     device = "gpu" if mx.default_device().type == mx.DeviceType.gpu else "cpu"
-    dense = "numpy" if decoder.computes_at_once else device
     sizes: dict[str, int] = {}
     weights: list[tuple[str, mx.array]] = tree_flatten(decoder.parameters())  # type: ignore[assignment]
     for _, weight in weights:
         if weight.ndim == 2 and weight.dtype in _FORMS:
             form, elements = _FORMS[weight.dtype]
             sizes[form] = sizes.get(form, 0) + elements * weight.size
+    costs = {form: _COSTS[device, form] for form in sizes}
+    if decoder.computes_at_once and "float32" in sizes:
+        in_cache = 4 * sizes["float32"] <= _IN_CACHE
+        costs["float32"] = _COSTS["numpy", "float32 in cache" if in_cache else "float32"]
     total = max(1, sum(sizes.values()))
-    shares = [(_COSTS[dense if form == "float32" else device, form], size / total) for form, size in sizes.items()]
+    shares = [(costs[form], size / total) for form, size in sizes.items()]
     return PassCost(
         row=sum(cost.row * share for cost, share in shares),
         free=int(sum(cost.free * share for cost, share in shares) + 0.5),
@@ -124,7 +129,7 @@ class Stakes:
 
     Args:
         cost: What passes cost.
-        tokens: About how many tokens will come: what may be wasted is a small part of their plain cost.
+        tokens: About how many plain steps it will be: what may be wasted is a small part of their cost.
         longest: Drafted tokens of a pass at most.
     """
 
@@ -135,13 +140,13 @@ class Stakes:
     after_miss: Chance = field(default_factory=lambda: Chance(*_AFTER_MISS))
     debt: float = 0.0
     _hit: bool = False
-    _hits: int = 0
+    _ever_hit: bool = False
 
     def learn(self, hit: bool) -> None:
         """Take note of whether the draft had the next token right, verified by a run or not."""
         (self.after_hit if self._hit else self.after_miss).learn(hit)
         self._hit = hit
-        self._hits += hit
+        self._ever_hit = self._ever_hit or hit
 
     def pay(self, rows: int, tokens: int) -> None:
         """Enter a pass over `rows` rows that gave `tokens` tokens."""
@@ -161,11 +166,10 @@ class Stakes:
         Returns:
             0 to take a plain step.
         """
-        if not self._hits:
+        if not self._ever_hit:
             return 0
         stake = _STAKE * max(done, self.tokens)
-        trust = max(_TRUST, self.cost.of(2) - 1) if self._hit else 0.0
-        loss_allowed = stake + min(stake, _EARNED * self._hits) + trust - self.debt
+        loss_allowed = stake + (_TRUST if self._hit else 0.0) - self.debt
         again = self.after_hit.value
         reach = again if self._hit else self.after_miss.value  # chance that a run gets as far as its last token
         expected, best, best_rate = 1.0, 0, _GAIN

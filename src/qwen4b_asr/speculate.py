@@ -78,12 +78,18 @@ class DraftedGeneration(Generation):
         self.accepted = 0
         stops = set(options.stop_token_ids)
         self._place = Place([token for token in draft if token not in stops])
-        tokens = min(options.max_tokens, len(self._place.draft))
-        self._stakes = stakes or Stakes(pass_cost(decoder), tokens)
+        self._stakes = stakes or self._own_stakes(inputs_embeds.shape[0])
         self._sampler = Sampler(options.sampling)
         self._doubt = 0.0
         self._chosen: list[int] = []  # certain tokens; the cache holds all but the last
         self._plain = 0  # tokens in the cache up to which single rows have made it
+
+    def _own_stakes(self, prompt_rows: int) -> Stakes:
+        """Stake a part of all that plain decoding would cost: the steps, and the prompt's rows up to as much again."""
+        cost = pass_cost(self._decoder)
+        steps = min(self._options.max_tokens, len(self._place.draft))
+        known = len(self._prefix) if self._prefixes is not None else 0
+        return Stakes(cost, steps + min(steps, int(cost.of(prompt_rows - known))))
 
     def _choices(self) -> Iterator[int]:
         """Choose tokens without end, each one certain when it is given."""
@@ -140,7 +146,7 @@ class DraftedGeneration(Generation):
         """Choose a token in each row of logits (K, V), and tell which choices rounding cannot change."""
         factor = self._options.sampling.repetition_penalty
         doubt = max(self._doubt, _DOUBT[logits.dtype]) * max(factor, 1 / factor)
-        if self._decoder.computes_at_once and logits.dtype == mx.float32:
+        if self._nothing_ahead and logits.dtype == mx.float32:
             chosen, ahead, size = choose_run(self._sampler, logits, self._chosen, run)
             return chosen, (ahead > doubt * size).tolist()
         scores = self._sampler.process_run(logits, self._chosen, run)

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qwen4b_asr import speculate
 from qwen4b_asr.decoder import DecoderConfig, Qwen3
 from qwen4b_asr.generate import Generation, GenerationOptions
 from qwen4b_asr.pass_costs import PassCost, Stakes
@@ -115,6 +116,19 @@ def test_a_perfect_draft_saves_nearly_all_passes(seed: int) -> None:
     assert list(drafted) == wanted
     assert drafted.decoder_passes <= 4
     assert drafted.accepted == drafted.drafted >= 44
+
+
+@pytest.mark.parametrize(
+    ("prompt_rows", "drafted", "budget", "steps"),
+    [(20, 10, 40, 13), (20, 30, 2, 4), (40, 2, 24, 4), (1, 10, 48, 11)],  # the prompt costs as 1 + 20 / 10 steps
+)
+def test_the_prompt_counts_for_the_stake_as_far_as_the_steps_do(
+    monkeypatch: pytest.MonkeyPatch, prompt_rows: int, drafted: int, budget: int, steps: int
+) -> None:
+    monkeypatch.setattr(speculate, "pass_cost", lambda decoder: PassCost(0.1, free=0, run=0.0))
+    prompt = rows(prompt_rows, CONFIG.hidden_size, 0)
+    generation = DraftedGeneration(decoder(0, "dense"), prompt, GenerationOptions(budget, ()), [5] * drafted)
+    assert generation._stakes.tokens == steps
 
 
 def test_a_draft_may_end_in_stop_tokens_or_hold_them() -> None:

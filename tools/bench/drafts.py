@@ -176,7 +176,7 @@ def pass_costs(decoder: Qwen3, rounds: int, rows: Sequence[int] = ROWS) -> dict[
     ratios: dict[int, list[float]] = {count: [] for count in rows}
 
     def seconds(count: int) -> float:
-        embeds = decoder.embed(mx.arange(count)[None])
+        embeds = decoder.embed(mx.arange(count)[None] % decoder.config.vocab_size)
         mx.eval(embeds)
         start = time.perf_counter()
         mx.eval(decoder.logits(decoder.hidden(embeds, cache)))

@@ -20,25 +20,28 @@ _HIDDEN = -3.0e38  # as good as nothing beside any score, and finite
 
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:
     """Return ``x / sqrt(mean(x ** 2) + eps) * weight`` for rows x (..., N)."""
-    y: Array = x / np.sqrt(_mean(x * x) + np.float32(eps))
+    y: Array = x / _root_mean_square(x, eps)
     y *= weight
     return y
 
 
 def layer_norm(x: Array, weight: Array, bias: Array, eps: float) -> Array:
     """Return ``(x - mean) / sqrt(variance + eps) * weight + bias`` for rows x (..., N)."""
-    y: Array = x - _mean(x)
-    y /= np.sqrt(_mean(y * y) + np.float32(eps))
+    mean: Array = np.add.reduce(x, axis=-1, keepdims=True)  # x.mean() takes longer than the sum of one row
+    mean /= np.float32(x.shape[-1])
+    y: Array = x - mean
+    y /= _root_mean_square(y, eps)
     y *= weight
     y += bias
     return y
 
 
-def _mean(x: Array) -> Array:
-    """Return the means of rows (..., N): (..., 1). NumPy's own function takes longer than the sum of one row."""
-    total: Array = np.add.reduce(x, axis=-1, keepdims=True)
-    total /= np.float32(x.shape[-1])
-    return total
+def _root_mean_square(x: Array, eps: float) -> Array:
+    """Return ``sqrt(mean(x ** 2) + eps)`` of rows (..., N): (..., 1)."""
+    y: Array = np.vecdot(x, x)[..., None]
+    y /= np.float32(x.shape[-1])
+    y += np.float32(eps)
+    return np.sqrt(y, out=y)
 
 
 def rotate(x: Array, offsets: Sequence[int], theta: float) -> Array:
@@ -67,6 +70,12 @@ def _angles(offsets: tuple[int, ...], rows: int, width: int, theta: float) -> tu
     return np.cos(angles), np.sin(angles)
 
 
+@lru_cache(maxsize=4)
+def _behind(rows: int) -> Mask:
+    """True where a row's position is before a column's."""
+    return ~np.tri(rows, dtype=bool)
+
+
 def attention(q: Array, k: Array, v: Array, scale: float, mask: Mask | None = None, causal: bool = False) -> Array:
     """Compute `kernels.attention.attention`; the last query stands beside the last key if `causal`.
 
@@ -83,9 +92,6 @@ def attention(q: Array, k: Array, v: Array, scale: float, mask: Mask | None = No
     """
     batch, heads, queries, width = q.shape
     groups, keys = k.shape[1:3]
-    if causal and queries > 1:
-        before = np.arange(keys) <= np.arange(keys - queries, keys)[:, None]
-        mask = before[None, None] if mask is None else mask & before
     # The queries that share a key head go into one product; single ones are quicker each by itself, by sgemv.
     one_by_one = queries == 1 and groups < heads
     shape = (batch, groups, -1, 1, width) if one_by_one else (batch, groups, -1, width)
@@ -93,8 +99,11 @@ def attention(q: Array, k: Array, v: Array, scale: float, mask: Mask | None = No
         k, v = k[:, :, None], v[:, :, None]
     scores: Array = np.matmul(q if groups == heads else q.reshape(shape), k.swapaxes(-2, -1))
     scores *= np.float32(scale)
+    each = scores.reshape(batch, heads, queries, keys)
     if mask is not None and not mask.all():
-        np.copyto(scores.reshape(batch, heads, queries, keys), _HIDDEN, where=~mask)
+        np.copyto(each, _HIDDEN, where=~mask)
+    if causal and queries > 1:
+        np.copyto(each[..., keys - queries :], _HIDDEN, where=_behind(queries))
     scores -= scores.max(axis=-1, keepdims=True)
     np.exp(scores, out=scores)
     context: Array = np.matmul(scores, v)

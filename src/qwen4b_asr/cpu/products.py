@@ -12,9 +12,9 @@ import numpy as np
 from .._blas import numpy_blas
 from ..quantization import Scheme, UnpackingLinear, unpack
 
-# OpenBLAS's kernels for AVX2 and AVX512 take rows in groups: seven cost half as much again as eight, 45 a quarter more
-# than 48; from some 130 on, filling them up costs what it saves.
-_GROUP, _MANY = 8, 128
+# OpenBLAS's kernels for AVX2 take rows in groups: seven cost half as much again as eight, 45 a quarter more than 48;
+# from some 130 on, and in small matrices, filling them up costs what it saves.
+_GROUP, _MANY, _SMALL = 8, 128, 1 << 17
 
 Array = np.ndarray[tuple[int, ...], np.dtype[np.float32]]
 
@@ -36,7 +36,7 @@ def multiply(x: Array, weight: mx.array, bias: mx.array | None = None) -> Array:
     y: Array
     if count == 2:  # each by sgemv is still quicker than both together
         y = np.stack([np.matmul(rows[0], matrix), np.matmul(rows[1], matrix)])
-    elif 2 < count < _MANY and count % _GROUP:
+    elif 2 < count < _MANY and count % _GROUP and matrix.size > _SMALL:
         filled = np.zeros((count + -count % _GROUP, rows.shape[1]), np.float32)  # np.pad takes twenty times as long
         filled[:count] = rows
         y = np.matmul(filled, matrix)[:count]
@@ -72,6 +72,13 @@ class NumpyEmbedding(nn.Embedding):
     """A float32 table of embeddings that scores hidden states as well."""
 
     computes_at_once = True
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """Look up token ids (...); returns (..., C)."""
+        if self.training or self.weight.dtype != mx.float32:
+            y: mx.array = super().__call__(x)
+            return y
+        return mx.array(view(self.weight)[np.asarray(x)])
 
     def as_linear(self, x: mx.array) -> mx.array:
         """Map (..., C) to (..., R)."""
