@@ -102,7 +102,7 @@ def leave_cores_to_numpy() -> None:
     """Let NumPy's OpenBLAS have the cores, and the one that MLX calls a single thread.
 
     The threads of either keep their cores busy for some time after a product, waiting for the next: two sets of them
-    get into each other's way, and both take three times as long. What is left to MLX then are small products.
+    get into each other's way, and both take more than twice as long. What is left to MLX then are small products.
     """
     numpys, mlxs = numpy_blas(), loaded_blas()
     if numpys is None:
