@@ -7,6 +7,7 @@ import mlx.core as mx
 from ._blas import leave_cores_to_numpy, loaded_blas
 from .cpu.columns import lay_out_by_columns
 from .cpu.decoder import use_numpy_layers
+from .cpu.heap import keep_freed_memory
 from .cpu.listening import listen_with_numpy
 from .cpu.products import multiply_by_numpy, numpy_multiplies
 from .decoder import Qwen3
@@ -26,7 +27,7 @@ def prepare(model: SpeechModel) -> None:
     if "decoder" in model:
         prepare_decoder(model.decoder)
     if numpy_multiplies():
-        leave_cores_to_numpy()
+        _make_room_for_numpy()
         multiply_by_numpy(model)
         listen_with_numpy(model)
 
@@ -38,6 +39,11 @@ def prepare_decoder(decoder: Qwen3) -> None:
     if numpys or (mx.default_device().type == mx.DeviceType.cpu and "openblas" in (loaded_blas() or "")):
         lay_out_by_columns(decoder)
     if numpys:
-        leave_cores_to_numpy()
+        _make_room_for_numpy()
         multiply_by_numpy(decoder)
         use_numpy_layers(decoder)
+
+
+def _make_room_for_numpy() -> None:
+    leave_cores_to_numpy()
+    keep_freed_memory()

@@ -134,7 +134,7 @@ DEFECTS = {
     ),
     "the epsilon of the layer norms is left out": (
         lambda: checks.check_encoder_layers(0),
-        (listening, "layer_norm", lambda x, w, b, eps: arithmetic.layer_norm(x, w, b, 1e-2)),
+        (listening, "layer_norm", lambda x, w, b, eps, out: arithmetic.layer_norm(x, w, b, 1e-2, out)),
     ),
     "the bias is left out": (
         checks.check_adaptor_layers,

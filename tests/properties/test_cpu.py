@@ -1,5 +1,7 @@
 """What NumPy computes on a CPU is what MLX computes, up to rounding, for any shapes, masks and offsets."""
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import mlx.core as mx
@@ -281,6 +283,41 @@ def test_embeddings_are_looked_up_as_by_mlx(ids, shape):
     assert found.dtype == wanted.dtype
     assert found.shape == wanted.shape
     assert mx.array_equal(found, wanted)
+
+
+def test_a_layer_follows_weights_that_change_between_calls():
+    ours, plain = on_numpy(1), SpeechModel(CONFIG)
+    features = mx.random.normal((1, 6, 56), key=mx.random.key(2))
+    names = ("w_1.bias", "w_2.weight", "w_2.bias")
+    for seed, name in enumerate([None, *names]):
+        if name is None:
+            randomise(plain, 1)
+        else:
+            path = f"audio_encoder.encoder.encoders.0.feed_forward.{name}"
+            old = dict(tree_flatten(plain.parameters()))[path]
+            for one in (ours, plain):
+                one.load_weights([(path, old + mx.random.normal(old.shape, key=mx.random.key(seed)))], strict=False)
+        assert close(ours.audio_encoder(features)[0], plain.audio_encoder(features)[0], 1e-4)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux with glibc")
+def test_memory_that_was_given_back_is_used_again():
+    """In a process of its own, as what other tests have freed counts as well."""
+    program = """
+import resource
+import numpy as np
+from qwen4b_asr.cpu.heap import keep_freed_memory
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        [np.ones(1 << 18, np.float32) for _ in range(40)]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+keep_freed_memory()
+faults()
+print(faults())
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 10_000  # of 200 000 pages that are touched
 
 
 def test_in_training_mode_there_are_gradients():

@@ -38,6 +38,7 @@ ROOMS = [
             "cpu.columns",
             "cpu.products",
             "cpu.arithmetic",
+            "cpu.heap",
             "lora",
             "quantization",
             "machine",

@@ -25,11 +25,11 @@ def rms_norm(x: Array, weight: Array, eps: float) -> Array:
     return y
 
 
-def layer_norm(x: Array, weight: Array, bias: Array, eps: float) -> Array:
-    """Return ``(x - mean) / sqrt(variance + eps) * weight + bias`` for rows x (..., N)."""
+def layer_norm(x: Array, weight: Array, bias: Array, eps: float, out: Array | None = None) -> Array:
+    """Return ``(x - mean) / sqrt(variance + eps) * weight + bias`` for rows x (..., N), in `out` if it is given."""
     mean: Array = np.add.reduce(x, axis=-1, keepdims=True)  # x.mean() takes longer than the sum of one row
     mean /= np.float32(x.shape[-1])
-    y: Array = x - mean
+    y: Array = np.subtract(x, mean, out=out)
     y /= _root_mean_square(y, eps)
     y *= weight
     y += bias

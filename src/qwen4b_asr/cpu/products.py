@@ -29,6 +29,13 @@ def view(x: mx.array) -> Array:
     return np.asarray(x)
 
 
+def space(rows: int, width: int) -> Array:
+    """Return room for so many rows, not filled, in full groups: (rows or a few more, width), zeros behind them."""
+    room: Array = np.empty((rows + -rows % _GROUP, width), np.float32)
+    room[rows:] = 0
+    return room
+
+
 def multiply(x: Array, weight: mx.array, bias: mx.array | None = None) -> Array:
     """Return ``x @ weight.T + bias`` for x (..., C) and weight (R, C): (..., R)."""
     rows, matrix = x.reshape(-1, x.shape[-1]), view(weight).T
@@ -37,7 +44,7 @@ def multiply(x: Array, weight: mx.array, bias: mx.array | None = None) -> Array:
     if count == 2:  # each by sgemv is still quicker than both together
         y = np.stack([np.matmul(rows[0], matrix), np.matmul(rows[1], matrix)])
     elif 2 < count < _MANY and count % _GROUP and matrix.size > _SMALL:
-        filled = np.zeros((count + -count % _GROUP, rows.shape[1]), np.float32)  # np.pad takes twenty times as long
+        filled = space(count, rows.shape[1])
         filled[:count] = rows
         y = np.matmul(filled, matrix)[:count]
     else:
