@@ -37,7 +37,7 @@ def prepare_decoder(decoder: Qwen3) -> None:
     join_projections(decoder)
     numpys = numpy_multiplies()
     if numpys or (mx.default_device().type == mx.DeviceType.cpu and "openblas" in (loaded_blas() or "")):
-        lay_out_by_columns(decoder)
+        lay_out_by_columns(decoder, widening=numpys)
     if numpys:
         _make_room_for_numpy()
         multiply_by_numpy(decoder)

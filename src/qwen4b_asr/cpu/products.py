@@ -46,7 +46,9 @@ def multiply(x: Array, weight: mx.array, bias: mx.array | None = None) -> Array:
     elif 2 < count < _MANY and count % _GROUP and matrix.size > _SMALL:
         filled = space(count, rows.shape[1])
         filled[:count] = rows
-        y = np.matmul(filled, matrix)[:count]
+        y = _multiply_groups(filled, matrix)[:count]
+    elif 2 < count < _MANY:
+        y = _multiply_groups(rows, matrix)
     else:
         y = np.matmul(rows, matrix)
     if bias is not None:
@@ -60,6 +62,12 @@ def can_compute(module: nn.Module, x: mx.array) -> bool:
     MLX does not see what happens here, so a gradient would be zero without a word.
     """
     return x.dtype == mx.float32 and x.size > 0 and not module.training
+
+
+def _multiply_groups(x: Array, matrix: Array) -> Array:
+    """Return ``x @ matrix`` the way that is quicker for some rows: the matrix first if its columns lie side by side."""
+    y: Array = np.matmul(matrix.T, x.T).T if matrix.flags.f_contiguous else np.matmul(x, matrix)
+    return y
 
 
 class NumpyLinear(nn.Linear):
