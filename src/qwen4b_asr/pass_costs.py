@@ -24,15 +24,19 @@ class PassCost:
         free: Rows for which a pass takes no longer than for a few.
         run: Verifying a run at all: several rows instead of one, choosing a token in each, and waiting for the result.
         group: Rows are computed in groups of so many.
+        pair: The whole pass over two rows, where that is less than over a few.
     """
 
     row: float
     free: int = 1
     run: float = 0.04
     group: int = 1
+    pair: float | None = None
 
     def of(self, rows: int) -> float:
         """Cost of one pass."""
+        if rows == 2 and self.pair is not None:
+            return self.pair
         computed = -(-rows // self.group) * self.group
         return 1.0 if rows == 1 else 1 + self.run + self.row * max(0, computed - self.free)
 
@@ -41,7 +45,7 @@ class PassCost:
 # reads a matrix twice as fast as OpenBLAS packs it for several, but for a matrix in the caches; MLX has it packed
 # always. Other products of MLX go row by row. For GPUs they are a guess on the careful side.
 _COSTS = {
-    ("numpy", "float32"): PassCost(0.13, free=8, run=1.05, group=8),
+    ("numpy", "float32"): PassCost(0.115, free=8, run=1.4, group=8, pair=1.7),
     ("numpy", "float32 in cache"): PassCost(0.025, free=8, run=0.4),
     ("cpu", "float32"): PassCost(0.04, free=8),
     ("cpu", "16 bits"): PassCost(0.36),
@@ -87,7 +91,9 @@ def pass_cost(decoder: Qwen3) -> PassCost:
         costs["float32"] = _COSTS["numpy", "float32 in cache" if in_cache else "float32"]
     total = max(1, sum(sizes.values()))
     shares = [(costs[form], size / total) for form, size in sizes.items()]
+    paired = any(cost.pair is not None for cost, _ in shares)
     return PassCost(
+        pair=sum(cost.of(2) * share for cost, share in shares) if paired else None,
         row=sum(cost.row * share for cost, share in shares),
         free=int(sum(cost.free * share for cost, share in shares) + 0.5),
         run=sum(cost.run * share for cost, share in shares),

@@ -256,7 +256,7 @@ def test_passes_over_several_rows_cost_more_than_where_mlx_multiplies(monkeypatc
     ours = pass_cost(MODEL.decoder)
     assert isinstance(ours, PassCost)
     assert ours.of(3) == ours.of(8) > 1.5 > cached.of(8) > mlxs.of(8)
-    assert ours.of(9) == ours.of(16) > ours.of(8)
+    assert ours.of(9) == ours.of(16) > ours.of(8) > ours.of(2) > 1.5
     assert ours.of(1) == cached.of(1) == 1
 
 

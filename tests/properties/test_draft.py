@@ -139,6 +139,18 @@ def test_rows_that_come_free_are_taken_and_those_that_do_not_are_paid():
     assert stakes.run_length(1, 100) == 7
 
 
+def test_a_pair_is_staked_where_a_group_is_too_dear():
+    cost = PassCost(0.1, free=8, run=1.4, group=8, pair=1.7)
+    assert [cost.of(rows) for rows in (1, 2, 3, 8, 9)] == pytest.approx([1, 1.7, 2.4, 2.4, 3.2])
+    stakes = Stakes(cost, 40)
+    stakes.learn(True)
+    for done, length in ((1, 1), (3, 1), (5, 7)):  # what pairs gain is staked on a group
+        assert stakes.run_length(done, 100) == length
+        stakes.pay(1 + length, 2)
+        stakes.learn(True)
+        stakes.learn(True)
+
+
 def test_runs_are_shorter_where_rows_cost_more():
     lengths = []
     for cost in (0.01, 0.1, 0.3, 0.6):
