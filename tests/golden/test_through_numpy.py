@@ -35,15 +35,16 @@ def used(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
         counts["decoder layers"] += len(use_numpy_layers(module))
         return module
 
-    multiply = products.multiply
+    def counted(function: Any) -> Any:
+        def call(*args: Any) -> Any:
+            counts["products"] += 1
+            return function(*args)
 
-    def counted(*args: Any) -> Any:
-        counts["products"] += 1
-        return multiply(*args)
+        return call
 
     monkeypatch.setattr(checks, "fill", filled)
-    for module in (products, listening):
-        monkeypatch.setattr(module, "multiply", counted)
+    for module, name in ((products, "multiply"), (listening, "multiply"), (listening, "multiply_columns")):
+        monkeypatch.setattr(module, name, counted(getattr(module, name)))
     return counts
 
 

@@ -13,7 +13,7 @@ from numpy.lib.stride_tricks import as_strided
 from ..adaptor import AdaptorAttention
 from ..encoder import SanmAttention, SanmLayer
 from .arithmetic import Mask, attention, layer_norm
-from .products import Array, NumpyLinear, can_compute, multiply, project, space, view
+from .products import Array, NumpyLinear, can_compute, multiply, multiply_columns, project, space, view
 
 
 class NumpySanmLayer(SanmLayer):
@@ -37,11 +37,11 @@ class NumpySanmLayer(SanmLayer):
             inner = project(first, x)
             return project(second, np.maximum(inner, 0, out=inner))
         # W max(y + b, 0) = W max(y, -b) + W b, which walks over the widest rows once rather than twice.
-        inner = multiply(x, first.weight)
-        np.maximum(inner, -view(first.bias), out=inner)
-        out = multiply(inner, second.weight)
-        out += self._constant(first.bias, second.weight, second.bias)
-        return out
+        inner = multiply_columns(first.weight, x.T)
+        np.maximum(inner, -view(first.bias)[:, None], out=inner)
+        out = multiply_columns(second.weight, inner)
+        out += self._constant(first.bias, second.weight, second.bias)[:, None]
+        return out.T
 
     def _constant(self, inner: mx.array, weight: mx.array, outer: mx.array) -> Array:
         """Return ``weight @ inner + outer``, from the last call if they are the same arrays."""

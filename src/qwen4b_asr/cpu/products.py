@@ -56,6 +56,12 @@ def multiply(x: Array, weight: mx.array, bias: mx.array | None = None) -> Array:
     return y.reshape(*x.shape[:-1], -1)
 
 
+def multiply_columns(weight: mx.array, x: Array) -> Array:
+    """Return ``weight @ x`` for columns x (C, N) and weight (R, C): (R, N). For a hundred or two quicker than rows."""
+    y: Array = np.matmul(view(weight), x)
+    return y
+
+
 def can_compute(module: nn.Module, x: mx.array) -> bool:
     """Whether NumPy may compute a module's output for x: not in other types than float32, and not in training mode.
 
