@@ -84,6 +84,16 @@ class SlotLayer:
         self.values[:, :, first:last] = values
         return self.keys[:, :, :last], self.values[:, :, :last]
 
+    def claim(self, items: int, count: int) -> tuple[list[mx.array], int] | None:
+        """Return the buffers of keys and values, and the first of the next `count` columns, to be written in place.
+
+        MLX does not see that. None if there are no such columns for so many items yet.
+        """
+        if self.keys is None or self.values is None:
+            return None
+        first, shape = self._columns.length, self.keys.shape
+        return ([self.keys, self.values], first) if shape[0] == items and first + count <= shape[2] else None
+
 
 class BatchCache:
     """One cache for all layers of a batch.

@@ -72,18 +72,23 @@ class KVCache:
         own_keys, own_values = self._buffers
         return own_keys.write(keys, self.offset), own_values.write(values, self.offset)
 
-    def spare(self, count: int) -> list[mx.array] | None:
-        """Return the buffers (B, G, room, E) of keys and values if `count` more positions fit; None for codes.
+    def claim(self, items: int, count: int) -> tuple[list[mx.array], int] | None:
+        """Append `count` positions for who writes them in place, which MLX does not see.
 
-        For who writes rows from `offset` on in place, which MLX does not see, and then calls `advance`.
+        Args:
+            items: B.
+            count: S.
+
+        Returns:
+            The buffers (B, G, room, E) of keys and values, and the first position to write; None if there is no such
+            room, or they hold codes.
         """
-        ends = [buffer.array.shape[2] if buffer.array is not None else 0 for buffer in self._buffers]
-        fits = self._arrays == KVCache._arrays and self.offset + count <= min(ends)
-        return self.state if fits else None
-
-    def advance(self, count: int) -> None:
-        """Count rows that were written in place."""
+        shapes = [buffer.array.shape if buffer.array is not None else (0, 0, 0) for buffer in self._buffers]
+        fits = all(shape[0] == items and self.offset + count <= shape[2] for shape in shapes)
+        if not fits or self._arrays != KVCache._arrays:
+            return None
         self.offset += count
+        return self.state, self.offset - count
 
     def trim(self, count: int) -> None:
         """Forget the last `count` positions.

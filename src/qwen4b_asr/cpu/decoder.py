@@ -6,6 +6,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from ..batch_cache import SlotLayer
 from ..cache import KVCache
 from ..decoder import DecoderLayer, LayerCache
 from ..lora import LoraLinear
@@ -57,14 +58,12 @@ class NumpyDecoderLayer(DecoderLayer):
 def _remember(cache: LayerCache, k: Array, v: Array) -> tuple[Array, Array]:
     """Append keys and values (B, G, S, E), and return all that is held."""
     rows = k.shape[2]
-    if isinstance(cache, KVCache) and (buffers := cache.spare(rows)):
-        # In place: having MLX do it takes as long as attention.
-        first, last = cache.offset, cache.offset + rows
-        keys, values = view(buffers[0]), view(buffers[1])
-        keys[:, :, first:last] = k
-        values[:, :, first:last] = v
-        cache.advance(rows)
-        return keys[:, :, :last], values[:, :, :last]
+    claimed = cache.claim(len(k), rows) if isinstance(cache, (KVCache, SlotLayer)) else None
+    if claimed is not None:  # in place: having MLX do it takes as long as attention
+        (keys, values), first = [view(buffer) for buffer in claimed[0]], claimed[1]
+        keys[:, :, first : first + rows] = k
+        values[:, :, first : first + rows] = v
+        return keys[:, :, : first + rows], values[:, :, : first + rows]
     held = cache.update(mx.array(k), mx.array(v))
     return view(held[0]), view(held[1])
 
