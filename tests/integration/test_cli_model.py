@@ -55,7 +55,8 @@ def test_text_json_and_stream_say_what_the_interface_says(capsys, model, recordi
         timings, expected = found.pop("timings"), transcript.pop("timings")
         assert found == {"file": path, **transcript}
         assert timings.keys() == expected.keys()
-        assert timings["total"] >= sum(seconds for stage, seconds in timings.items() if stage != "total")
+        stages = sum(seconds for stage, seconds in timings.items() if stage != "total")
+        assert timings["total"] >= stages - 1e-9  # the stages are rounded, and so is their sum
 
     status, out, err = run(capsys, *options, "--stream", recordings[0])
     assert (status, out, err) == (0, want[0]["text"] + "\n", "")
