@@ -80,8 +80,9 @@ def depends_on_width(layer: nn.Module) -> bool:
 def join_projections(model: nn.Module) -> list[str]:
     """Join what can be joined: q, k and v; gate and up.
 
-    Dense float32 layers on the CPU are left apart: a launch costs nothing there, see also `depends_on_width`. Nothing
-    is computed before the first use, when each joined array takes the place of its parts in memory.
+    Dense float32 layers on the CPU are left apart: a launch costs nothing there, see also `depends_on_width`; those
+    that NumPy multiplies are joined by where they lie (`cpu.columns.lay_out_for_numpy`). Nothing is computed before the
+    first use, when each joined array takes the place of its parts in memory.
 
     Args:
         model: Any module tree, filled. Layers with adapters, and layers quantised each in a form of its own, are left

@@ -5,7 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 
 from ._blas import leave_cores_to_numpy, loaded_blas
-from .cpu.columns import lay_out_by_columns
+from .cpu.columns import lay_out_by_columns, lay_out_for_numpy
 from .cpu.decoder import use_numpy_layers
 from .cpu.heap import keep_freed_memory
 from .cpu.listening import listen_with_numpy
@@ -35,15 +35,15 @@ def prepare(model: SpeechModel) -> None:
 def prepare_decoder(decoder: Qwen3) -> None:
     """Join what one launch can compute; on a CPU, lay dense weights out by columns and leave products to NumPy."""
     join_projections(decoder)
-    numpys = numpy_multiplies()
-    if numpys or (mx.default_device().type == mx.DeviceType.cpu and "openblas" in (loaded_blas() or "")):
-        lay_out_by_columns(decoder, widening=numpys)
-    if numpys:
-        _make_room_for_numpy()
+    if numpy_multiplies():
+        lay_out_for_numpy(decoder, _make_room_for_numpy())
         multiply_by_numpy(decoder)
         use_numpy_layers(decoder)
+    elif mx.default_device().type == mx.DeviceType.cpu and "openblas" in (loaded_blas() or ""):
+        lay_out_by_columns(decoder)
 
 
-def _make_room_for_numpy() -> None:
-    leave_cores_to_numpy()
+def _make_room_for_numpy() -> int:
+    """Return the number of threads that its BLAS has."""
     keep_freed_memory()
+    return leave_cores_to_numpy()

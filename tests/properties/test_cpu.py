@@ -22,7 +22,7 @@ from qwen4b_asr.decoder import Qwen3
 from qwen4b_asr.generate import Generation, GenerationOptions
 from qwen4b_asr.kernels.attention import attention_reference
 from qwen4b_asr.kernels.fsmn import fsmn_reference
-from qwen4b_asr.lora import LoraConfig, LoraLinear, build_lora
+from qwen4b_asr.lora import LoraConfig, LoraLinear, add_lora, build_lora, remove_lora
 from qwen4b_asr.model import SpeechModel
 from qwen4b_asr.pass_costs import PassCost, pass_cost
 from qwen4b_asr.quantization import Quantization, Scheme, UnpackingLinear, quantize_modules
@@ -264,7 +264,7 @@ def test_passes_over_several_rows_cost_more_than_where_mlx_multiplies(monkeypatc
 def test_prepare_leaves_products_to_numpy_where_it_can(monkeypatch, numpys):
     limited = []
     monkeypatch.setattr(prepare, "numpy_multiplies", lambda: numpys)
-    monkeypatch.setattr(prepare, "leave_cores_to_numpy", lambda: limited.append(True))
+    monkeypatch.setattr(prepare, "leave_cores_to_numpy", lambda: limited.append(True) or 1)
     model = SpeechModel(CONFIG)
     randomise(model, 0)
     prepare.prepare(model)
@@ -298,6 +298,36 @@ def test_a_layer_follows_weights_that_change_between_calls():
             for one in (ours, plain):
                 one.load_weights([(path, old + mx.random.normal(old.shape, key=mx.random.key(seed)))], strict=False)
         assert close(ours.audio_encoder(features)[0], plain.audio_encoder(features)[0], 1e-4)
+
+
+def test_a_decoder_follows_weights_and_adapters_that_change_between_utterances():
+    ours, plain = (randomise(Qwen3(SIZES), 4) for _ in range(2))
+    prepare.lay_out_for_numpy(ours, 1)
+    products.multiply_by_numpy(ours)
+    use_numpy_layers(ours)
+
+    def logits(model, prompt):
+        cache = [KVCache() for _ in range(SIZES.num_hidden_layers)]
+        return mx.concatenate([model(prompt[:, :-1], cache), model(prompt[:, -1:], cache)], axis=1)
+
+    parts = ("self_attn.q_proj", "self_attn.v_proj", "self_attn.o_proj", "self_attn.k_norm", "mlp.up_proj",
+             "mlp.down_proj", "input_layernorm", "post_attention_layernorm")  # fmt: skip
+    paths = [f"model.layers.1.{part}.weight" for part in parts]
+    for seed, path in enumerate(["", *paths]):
+        if path:
+            old = dict(tree_flatten(plain.parameters()))[path]
+            for one in (ours, plain):
+                one.load_weights([(path, old + mx.random.normal(old.shape, key=mx.random.key(seed)))], strict=False)
+        for count in (1, 2, 5):  # a prompt of one row, of a pair, of many
+            prompt = rows(count + 1, WIDTH, seed)[None]
+            assert close(logits(ours, prompt), logits(plain, prompt), 1e-4)
+    shape = (2, WIDTH), (SIZES.num_attention_heads * SIZES.head_dim, 2)
+    factors = {"model.layers.0.self_attn.q_proj": tuple(rows(*size, 7) for size in shape)}
+    config = LoraConfig(rank=2, alpha=4, target_modules=("q_proj",))
+    for change in (lambda model: add_lora(model, factors, config), remove_lora):
+        for model in (ours, plain):
+            change(model)
+        assert close(logits(ours, prompt), logits(plain, prompt), 1e-4)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux with glibc")

@@ -20,7 +20,7 @@ _HIDDEN = -3.0e38  # as good as nothing beside any score, and finite
 
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:
     """Return ``x / sqrt(mean(x ** 2) + eps) * weight`` for rows x (..., N)."""
-    y: Array = x / _root_mean_square(x, eps)
+    y: Array = x / root_mean_square(x, eps)
     y *= weight
     return y
 
@@ -30,13 +30,13 @@ def layer_norm(x: Array, weight: Array, bias: Array, eps: float, out: Array | No
     mean: Array = np.add.reduce(x, axis=-1, keepdims=True)  # x.mean() takes longer than the sum of one row
     mean /= np.float32(x.shape[-1])
     y: Array = np.subtract(x, mean, out=out)
-    y /= _root_mean_square(y, eps)
+    y /= root_mean_square(y, eps)
     y *= weight
     y += bias
     return y
 
 
-def _root_mean_square(x: Array, eps: float) -> Array:
+def root_mean_square(x: Array, eps: float) -> Array:
     """Return ``sqrt(mean(x ** 2) + eps)`` of rows (..., N): (..., 1)."""
     y: Array = np.vecdot(x, x)[..., None]
     y /= np.float32(x.shape[-1])
@@ -53,21 +53,23 @@ def rotate(x: Array, offsets: Sequence[int], theta: float) -> Array:
         theta: Base of the frequencies.
     """
     cos, sin = _angles(tuple(offsets), x.shape[2], x.shape[3], theta)
-    half = x.shape[3] // 2
-    a, b = x[..., :half], x[..., half:]
-    y = np.empty(x.shape, np.float32)
-    np.subtract(a * cos, b * sin, out=y[..., :half])
-    np.add(b * cos, a * sin, out=y[..., half:])
-    return y
+    pairs = x.reshape(*x.shape[:3], 2, -1)
+    y = pairs * cos
+    y += pairs[..., ::-1, :] * sin
+    return y.reshape(x.shape)
 
 
 @lru_cache(maxsize=4)  # all layers of a pass turn by the same angles
 def _angles(offsets: tuple[int, ...], rows: int, width: int, theta: float) -> tuple[Array, Array]:
-    """Cosines and sines, (items, 1, I, E / 2), of angles in float32: what the model was trained with."""
-    positions = np.array(offsets)[:, None, None, None] + np.arange(rows)[:, None]
+    """Cosines, (items, 1, I, 1, E / 2), and sines of either half, (items, 1, I, 2, E / 2), of the angles.
+
+    Those are in float32: what the model was trained with.
+    """
+    positions = np.array(offsets)[:, None, None, None, None] + np.arange(rows)[:, None, None]
     frequencies = 1 / np.float32(theta) ** (np.arange(0, width, 2, dtype=np.float32) / np.float32(width))
     angles = positions.astype(np.float32) * frequencies
-    return np.cos(angles), np.sin(angles)
+    sin = np.sin(angles)
+    return np.cos(angles), np.concatenate([-sin, sin], axis=3)
 
 
 @lru_cache(maxsize=4)

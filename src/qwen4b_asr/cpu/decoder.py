@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -10,8 +12,14 @@ from ..batch_cache import SlotLayer
 from ..cache import KVCache
 from ..decoder import DecoderLayer, LayerCache
 from ..lora import LoraLinear
-from .arithmetic import attention, rms_norm, rotate
-from .products import Array, NumpyLinear, can_compute, project, view
+from .arithmetic import attention, rms_norm, root_mean_square, rotate
+from .products import Array, NumpyLinear, Projection, can_compute, view
+
+_HELD = (
+    *(f"self_attn.{name}.weight" for name in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")),
+    *(f"mlp.{name}.weight" for name in ("gate_proj", "up_proj", "down_proj")),
+    "post_attention_layernorm.weight",
+)
 
 
 class NumpyDecoderLayer(DecoderLayer):
@@ -24,35 +32,71 @@ class NumpyDecoderLayer(DecoderLayer):
         if not can_compute(self, x):
             pair: tuple[mx.array, mx.array] = super().__call__(x, normed, mask, cache, following)
             return pair
-        stream = view(x) + self._attend(view(normed), mask, cache)
-        inner = self.post_attention_layernorm
-        stream += self._feed(rms_norm(stream, view(inner.weight), inner.eps))
-        return mx.array(stream), mx.array(rms_norm(stream, view(following.weight), following.eps))
+        step = x.size == x.shape[-1] and isinstance(cache, KVCache) and cache.offset > 0
+        held: _Held | None = getattr(self, "_held", None)
+        if held is None or not (step or held.still()):  # within an utterance weights stay: looking takes 3 ms a step
+            self._held = held = _Held(self)
+        stream = view(x).reshape(-1, x.shape[-1]) + self._attend(held, view(normed), mask, cache)
+        stream += self._feed(held, rms_norm(stream, held.norm, self.post_attention_layernorm.eps))
+        next_normed = rms_norm(stream, view(following.weight), following.eps)
+        return mx.array(stream.reshape(x.shape)), mx.array(next_normed.reshape(x.shape))
 
-    def _attend(self, x: Array, mask: mx.array | None, cache: LayerCache | None) -> Array:
+    def _attend(self, held: _Held, x: Array, mask: mx.array | None, cache: LayerCache | None) -> Array:
+        """Map rows (B, S, H) to (B * S, H)."""
         layer = self.self_attn
         batch, rows, _ = x.shape
         offset = 0 if cache is None else cache.offset
         offsets = [offset] if isinstance(offset, int) else view(offset).reshape(-1).tolist()
-
-        def turned(projection: nn.Module, heads: int, norm: nn.RMSNorm) -> Array:
-            y = rms_norm(project(projection, x).reshape(batch, rows, heads, -1), view(norm.weight), norm.eps)
-            return rotate(y.transpose(0, 2, 1, 3), offsets, layer.rope_theta)
-
-        q = turned(layer.q_proj, layer.heads, layer.q_norm)
-        k = turned(layer.k_proj, layer.kv_heads, layer.k_norm)
-        v = project(layer.v_proj, x).reshape(batch, rows, layer.kv_heads, -1).transpose(0, 2, 1, 3)
+        packed = held.qkv(x.reshape(batch * rows, -1)).reshape(batch, rows, -1, layer.head_dim)
+        queries, turned = layer.heads, layer.heads + layer.kv_heads
+        qk = packed[:, :, :turned] / root_mean_square(packed[:, :, :turned], layer.q_norm.eps)
+        qk[:, :, :queries] *= held.q_norm
+        qk[:, :, queries:] *= held.k_norm
+        qk = rotate(qk.transpose(0, 2, 1, 3), offsets, layer.rope_theta)
+        k, v = qk[:, queries:], packed[:, :, turned:].transpose(0, 2, 1, 3)
         if cache is not None:
             k, v = _remember(cache, k, v)
         seen = None if mask is None else np.asarray(mask)
-        context = attention(q, k, v, layer.head_dim**-0.5, seen, causal=mask is None)
-        return project(layer.o_proj, context.reshape(batch, rows, -1))
+        context = attention(qk[:, :queries], k, v, layer.head_dim**-0.5, seen, causal=mask is None)
+        return held.out(context.reshape(batch * rows, -1))
 
-    def _feed(self, x: Array) -> Array:
-        gate = project(self.mlp.gate_proj, x)
-        gate /= 1 + np.exp(-gate)
-        gate *= project(self.mlp.up_proj, x)
-        return project(self.mlp.down_proj, gate)
+    def _feed(self, held: _Held, x: Array) -> Array:
+        """Map rows (N, H) to (N, H)."""
+        both = held.gate_up(x)
+        gate, up = both[:, : both.shape[1] // 2], both[:, both.shape[1] // 2 :]
+        inner = np.exp(-gate)
+        inner += 1
+        np.divide(gate, inner, out=inner)
+        inner *= up
+        return held.down(inner)
+
+
+class _Held:
+    """A layer's weights as NumPy sees them, of use while modules and arrays are the same objects."""
+
+    def __init__(self, layer: DecoderLayer) -> None:
+        attention, mlp = layer.self_attn, layer.mlp
+        self.qkv = Projection([attention.q_proj, attention.k_proj, attention.v_proj])
+        self.out = Projection([attention.o_proj])
+        self.gate_up = Projection([mlp.gate_proj, mlp.up_proj])
+        self.down = Projection([mlp.down_proj])
+        self.q_norm, self.k_norm = view(attention.q_norm.weight), view(attention.k_norm.weight)
+        self.norm = view(layer.post_attention_layernorm.weight)
+        self._entries = [entry for path in _HELD for entry in _entries(layer, path.split("."))]
+
+    def still(self) -> bool:
+        """Whether all are; weights are loaded, adapters come and go."""
+        return all(module.get(name) is value for module, name, value in self._entries)
+
+
+def _entries(module: nn.Module, path: Sequence[str]) -> Iterator[tuple[nn.Module, str, object]]:
+    """Yield what a module holds along a path, as far as there is something: module, name, what it is."""
+    for name in path:
+        value = module.get(name)
+        yield module, name, value
+        if not isinstance(value, nn.Module):
+            return
+        module = value
 
 
 def _remember(cache: LayerCache, k: Array, v: Array) -> tuple[Array, Array]:

@@ -5,9 +5,12 @@ Shapes: R rows and C columns of a matrix, N rows of x.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from numpy.lib.stride_tricks import as_strided
 
 from .._blas import numpy_blas
 from ..quantization import Scheme, UnpackingLinear, unpack
@@ -38,22 +41,25 @@ def space(rows: int, width: int) -> Array:
 
 def multiply(x: Array, weight: mx.array, bias: mx.array | None = None) -> Array:
     """Return ``x @ weight.T + bias`` for x (..., C) and weight (R, C): (..., R)."""
-    rows, matrix = x.reshape(-1, x.shape[-1]), view(weight).T
-    count = len(rows)
-    y: Array
-    if count == 2:  # each by sgemv is still quicker than both together
-        y = np.stack([np.matmul(rows[0], matrix), np.matmul(rows[1], matrix)])
-    elif 2 < count < _MANY and count % _GROUP and matrix.size > _SMALL:
-        filled = space(count, rows.shape[1])
-        filled[:count] = rows
-        y = _multiply_groups(filled, matrix)[:count]
-    elif 2 < count < _MANY:
-        y = _multiply_groups(rows, matrix)
-    else:
-        y = np.matmul(rows, matrix)
+    y = multiply_rows(x.reshape(-1, x.shape[-1]), view(weight).T)
     if bias is not None:
         y += view(bias)
     return y.reshape(*x.shape[:-1], -1)
+
+
+def multiply_rows(x: Array, matrix: Array) -> Array:
+    """Return ``x @ matrix`` for x (N, C) and a matrix (C, R): (N, R)."""
+    count = len(x)
+    if count == 2:  # each by sgemv is still quicker than both together
+        return np.stack([np.matmul(x[0], matrix), np.matmul(x[1], matrix)])
+    if 2 < count < _MANY and count % _GROUP and matrix.size > _SMALL:
+        filled = space(count, x.shape[1])
+        filled[:count] = x
+        return _multiply_groups(filled, matrix)[:count]
+    if 2 < count < _MANY:
+        return _multiply_groups(x, matrix)
+    y: Array = np.matmul(x, matrix)
+    return y
 
 
 def multiply_columns(weight: mx.array, x: Array) -> Array:
@@ -114,6 +120,55 @@ def project(layer: nn.Module, x: Array) -> Array:
     if type(layer) is NumpyLinear:
         return multiply(x, layer.weight, layer.get("bias"))
     return view(layer(mx.array(x)))
+
+
+class Projection:
+    """Linear layers that read the same rows, with the matrices as NumPy sees them.
+
+    Asking MLX for a matrix takes some microseconds, as long as small operations do; who keeps this makes another when
+    a layer or its weight is another.
+
+    Args:
+        layers: Of any kind.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        self._layers = layers
+        ours = all(type(layer) is NumpyLinear for layer in layers)
+        self._matrices = [view(layer.weight).T for layer in layers] if ours else []
+        self._whole = _as_one(self._matrices) if ours and not any("bias" in layer for layer in layers) else None
+
+    def __call__(self, x: Array) -> Array:
+        """Map rows (N, C) to what the layers give side by side, (N, R of all).
+
+        One and two rows come out bit for bit as layer by layer. More do up to rounding where matrices are multiplied as
+        one: a BLAS adds up some outputs in another order by how many there are.
+        """
+        if self._whole is not None:
+            return multiply_rows(x, self._whole)
+        if self._matrices:
+            outputs = [multiply_rows(x, matrix) for matrix in self._matrices]
+            for y, layer in zip(outputs, self._layers, strict=True):
+                if "bias" in layer:
+                    y += view(layer.bias)
+        else:
+            outputs = [project(layer, x) for layer in self._layers]
+        return outputs[0] if len(outputs) == 1 else np.concatenate(outputs, axis=1)
+
+
+def _as_one(matrices: Sequence[Array]) -> Array | None:
+    """Return matrices (C, R) as one (C, R of all), if that is how they lie in memory."""
+    first, width = matrices[0], 0
+    if len(matrices) == 1:
+        return first
+    for matrix in matrices:
+        there = first.ctypes.data + width * first.itemsize
+        if matrix.ctypes.data != there or matrix.strides != first.strides or len(matrix) != len(first):
+            return None
+        width += matrix.shape[1]
+    if first.strides != (width * first.itemsize, first.itemsize):
+        return None
+    return as_strided(first, (len(first), width), first.strides, writeable=False)
 
 
 class NumpyUnpackingLinear(UnpackingLinear):
