@@ -63,6 +63,11 @@ class SlotLayer:
         """Rotary position of the next row, or one for each slot where they differ."""
         return self._columns.positions()
 
+    @property
+    def begun(self) -> bool:
+        """Whether anything is held."""
+        return self.keys is not None
+
     def update(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Write keys and values (B, G, S, E) behind the others and return all columns, (B, G, J, E) each.
 
@@ -87,7 +92,8 @@ class SlotLayer:
     def claim(self, items: int, count: int) -> tuple[list[mx.array], int] | None:
         """Return the buffers of keys and values, and the first of the next `count` columns, to be written in place.
 
-        MLX does not see that. None if there are no such columns for so many items yet.
+        MLX does not see that. None if there are no such columns for so many items yet. As with `update`,
+        `BatchCache.advance` counts them.
         """
         if self.keys is None or self.values is None:
             return None

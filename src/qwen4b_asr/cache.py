@@ -101,6 +101,11 @@ class KVCache:
         self.offset -= count
 
     @property
+    def begun(self) -> bool:
+        """Whether anything is held."""
+        return self.offset > 0
+
+    @property
     def state(self) -> list[mx.array]:
         """The buffers, for `mx.eval`."""
         return [buffer.array for buffer in self._buffers if buffer.array is not None]

@@ -308,7 +308,9 @@ def test_a_decoder_follows_weights_and_adapters_that_change_between_utterances()
 
     def logits(model, prompt):
         cache = [KVCache() for _ in range(SIZES.num_hidden_layers)]
-        return mx.concatenate([model(prompt[:, :-1], cache), model(prompt[:, -1:], cache)], axis=1)
+        slots = BatchCache(SIZES.num_hidden_layers, [0])
+        alone = model(prompt[:, :1], slots.layers)
+        return mx.concatenate([alone, model(prompt[:, :-1], cache), model(prompt[:, -1:], cache)], axis=1)
 
     parts = ("self_attn.q_proj", "self_attn.v_proj", "self_attn.o_proj", "self_attn.k_norm", "mlp.up_proj",
              "mlp.down_proj", "input_layernorm", "post_attention_layernorm")  # fmt: skip

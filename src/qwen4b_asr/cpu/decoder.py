@@ -32,8 +32,8 @@ class NumpyDecoderLayer(DecoderLayer):
         if not can_compute(self, x):
             pair: tuple[mx.array, mx.array] = super().__call__(x, normed, mask, cache, following)
             return pair
-        step = x.size == x.shape[-1] and isinstance(cache, KVCache) and cache.offset > 0
         held: _Held | None = getattr(self, "_held", None)
+        step = x.shape[1] == 1 and isinstance(cache, (KVCache, SlotLayer)) and cache.begun
         if held is None or not (step or held.still()):  # within an utterance weights stay: looking takes 3 ms a step
             self._held = held = _Held(self)
         stream = view(x).reshape(-1, x.shape[-1]) + self._attend(held, view(normed), mask, cache)
