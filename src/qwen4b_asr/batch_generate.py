@@ -17,6 +17,7 @@ import mlx.core as mx
 
 from .batch_cache import BatchCache
 from .batch_sampling import greedy_rows
+from .cpu.choices import choose_rows
 from .decoder import Qwen3
 from .generate import Generation, GenerationOptions, known_prefix
 from .prefix import PrefixCache
@@ -117,6 +118,7 @@ class BatchGeneration:
         self._batch_size = batch_size
         self._prefix = tuple(prefix)
         self._prefixes = prefixes
+        self._at_once = decoder.computes_at_once
         self._exact = decoder.model.norm.weight.dtype == mx.float32
         self._slots: list[BatchRow | None] = []
         self._cache = BatchCache(len(decoder.model.layers), [0])
@@ -207,10 +209,12 @@ class BatchGeneration:
         some = next(row for row in rows if row is not None)
         histories = [row.tokens if row else [] for row in rows]
         options = [(row or some).options.sampling for row in rows]
-        ids, near = greedy_rows(logits, histories, options)
-        mx.eval(ids, near)
-        tokens: list[int] = ids.tolist()  # type: ignore[assignment]
-        doubts: list[bool] = near.tolist()  # type: ignore[assignment]
+        if self._at_once and logits.dtype == mx.float32:
+            tokens, doubts = choose_rows(logits, histories, options)
+        else:
+            ids, near = greedy_rows(logits, histories, options)
+            mx.eval(ids, near)
+            tokens, doubts = ids.tolist(), near.tolist()  # type: ignore[assignment]
         for place, (row, option) in enumerate(zip(rows, options, strict=True)):
             if row is not None and option.temperature > 0:
                 row.sampler = row.sampler or Sampler(option)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from qwen4b_asr.batch_cache import BatchCache
 from qwen4b_asr.batch_generate import BatchGeneration
 from qwen4b_asr.batch_sampling import greedy_rows
+from qwen4b_asr.cpu.choices import choose_rows
 from qwen4b_asr.generate import Generation, GenerationOptions
 from qwen4b_asr.prefix import PrefixCache
 from qwen4b_asr.sampling import NEAR, Sampler, SamplingOptions
@@ -144,6 +145,7 @@ def test_rows_choose_as_they_do_alone(drawn):
             stretch = max(option.repetition_penalty, 1 / option.repetition_penalty)
             assert bool(near[i]) == (not best - second > NEAR * stretch * np.abs(logits[i]).max())
         assert int(ids[i]) == Sampler(option).choose(mx.array(logits[i]), history)
+    assert choose_rows(mx.array(logits), histories, options) == (ids.tolist(), near.tolist())
 
 
 @given(st.integers(0, 99), st.floats(-5e-6, 5e-6))
@@ -153,6 +155,7 @@ def test_equal_scores_are_near(seed, difference):
     logits[0, 3], logits[0, 7] = top, top * (1 + difference)
     logits[1, 3], logits[1, 7] = top, top * 1.01
     assert greedy_rows(logits, [[], []], [SamplingOptions()] * 2)[1].tolist() == [True, False]
+    assert choose_rows(logits, [[], []], [SamplingOptions()] * 2)[1] == [True, False]
 
 
 # --- the cache -------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The choices of a verified run on NumPy: see `sampling.Sampler.process_run` and `sampling.best_two` for the maths.
+"""Choices in several rows on NumPy: see `sampling.Sampler.process_run` and `sampling.best_two` for the maths.
 
 For sixteen rows of Qwen3's vocabulary MLX takes 40 to 50 ms on two cores, a third of a step of Qwen3-0.6B, and this
 takes four. Shapes: K rows, V vocabulary.
@@ -11,8 +11,11 @@ from collections.abc import Sequence
 import mlx.core as mx
 import numpy as np
 
-from ..sampling import Sampler
+from ..sampling import NEAR, Sampler, SamplingOptions, banned_by_ngram
 from .products import Array, view
+
+Entries = Sequence[tuple[int, int]]
+"""Rows and token ids."""
 
 
 def choose_run(
@@ -30,15 +33,50 @@ def choose_run(
         Token ids (K), by how much each leads (K,), and the largest magnitude of each row's logits (K,). A lead is no
         number where the best scores are infinite or no numbers.
     """
-    raw = view(logits)
-    size = np.maximum(raw.max(axis=-1), -raw.min(axis=-1))
-    scores = raw.copy()
     penalised, banned = sampler.run_changes(generated, run)
-    penalty = np.float32(sampler.options.repetition_penalty)
+    best, leads, size = _choose(view(logits), penalised, sampler.options.repetition_penalty, banned)
+    return best.tolist(), leads, size
+
+
+def choose_rows(
+    logits: mx.array, generated: Sequence[Sequence[int]], options: Sequence[SamplingOptions]
+) -> tuple[list[int], list[bool]]:
+    """Choose the next token of many utterances, `batch_sampling.greedy_rows`.
+
+    Args:
+        logits: (K, V), float32.
+        generated: Token ids so far of each row.
+        options: Of each row.
+
+    Returns:
+        Token ids (K), and for each row whether rounding may decide between the best two (K).
+    """
+    ids = [
+        sorted(set(row)) if option.repetition_penalty != 1 else []
+        for row, option in zip(generated, options, strict=True)
+    ]
+    penalised = [(row, token) for row, seen in enumerate(ids) for token in seen]
+    penalties = np.array([option.repetition_penalty for option in options], np.float32)
+    banned = [
+        (row, token)
+        for row, (history, option) in enumerate(zip(generated, options, strict=True))
+        for token in banned_by_ngram(history, option.no_repeat_ngram)
+    ]
+    best, leads, size = _choose(view(logits), penalised, penalties.repeat([len(seen) for seen in ids]), banned)
+    stretch = np.maximum(penalties, 1 / penalties)
+    return best.tolist(), np.logical_not(leads > np.float32(NEAR) * stretch * size).tolist()
+
+
+def _choose(
+    logits: Array, penalised: Entries, penalty: float | Array, banned: Entries
+) -> tuple[np.ndarray[tuple[int, ...], np.dtype[np.intp]], Array, Array]:
+    """Return the best token of each row, its lead, and the largest magnitude of the logits, (K,) each."""
+    size = np.maximum(logits.max(axis=-1), -logits.min(axis=-1))
+    scores = logits.copy()
     if penalised:
         rows, ids = np.array(penalised).T
         old = scores[rows, ids]
-        scores[rows, ids] = np.where(old < 0, old * penalty, old / penalty)
+        scores[rows, ids] = np.where(old < 0, old * np.float32(penalty), old / np.float32(penalty))
     if banned:
         rows, ids = np.array(banned).T
         scores[rows, ids] = -np.inf
@@ -48,4 +86,4 @@ def choose_run(
     scores[every, best] = -np.inf
     with np.errstate(invalid="ignore"):
         leads: Array = top - scores.max(axis=-1)
-    return best.tolist(), leads, size
+    return best, leads, size
