@@ -217,11 +217,11 @@ def _decoded_otherwise(plan: Plan, setup: dict[str, Any], section: str, result: 
     side = start(OWN, "worker_own", sys.executable, plan.threads)
     try:
         _build(side, setup, ["write"], result)
-        rounds_wanted = max(1, min(plan.rounds, 3))  # a round is several texts
+        rounds_wanted = max(1, min(plan.rounds, 3))  # a round is several texts, side by side
         if section == "draft":
             _say(f"draft: {', '.join(f'{rate:.0%}' for rate in plan.draft_errors)} of its tokens wrong")
             tokens = max(_DRAFT_TOKENS, plan.tokens)
-            answer = side.ask("draft", tokens=tokens, errors=list(plan.draft_errors), rounds=rounds_wanted)
+            answer = side.ask("draft", tokens=tokens, errors=list(plan.draft_errors), rounds=plan.rounds)
             result.savings = answer["savings"]
         else:
             _say(f"batch: {', '.join(map(str, plan.batches))} side by side")
