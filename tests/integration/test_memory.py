@@ -1,6 +1,8 @@
 """Memory of real runs: flat over many utterances, within the plan, and refused by the command line beforehand."""
 
+import gc
 import json
+import weakref
 
 import mlx.core as mx
 import numpy as np
@@ -54,6 +56,25 @@ def test_a_run_stays_within_its_plan():
     transcriber.transcribe(np.tile(load_audio(SAMPLE), 20)[: 30 * 16_000])
     assert mx.get_peak_memory() - before <= plan.peak
     assert mx.get_active_memory() - before <= 1.05 * plan.weight_bytes
+
+
+def test_a_model_that_nobody_uses_is_freed_at_once():
+    """Without Python's search for cycles, which may come long after the next model has asked for the same room."""
+    gc.collect()
+    before = mx.get_active_memory()
+    gc.disable()
+    try:
+        transcriber = qwen4b_asr.load("demo")
+        samples = load_audio(SAMPLE)[:48_000]
+        for draft in (True, False):
+            transcriber.transcribe(samples, draft=draft)
+        transcriber.transcribe_batch([samples] * 3, batch_size=3)
+        modules = [weakref.ref(module) for _, module in transcriber.model.named_modules()]
+        del transcriber
+        assert not [type(module()).__name__ for module in modules if module() is not None]
+        assert mx.get_active_memory() <= before + (1 << 20)
+    finally:
+        gc.enable()
 
 
 # --- load ---------------------------------------------------------------------------------------------------------

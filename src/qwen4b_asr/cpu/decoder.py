@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -16,9 +16,9 @@ from .arithmetic import attention, rms_norm, root_mean_square, rotate
 from .products import Array, NumpyLinear, Projection, can_compute, view
 
 _HELD = (
-    *(f"self_attn.{name}.weight" for name in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")),
-    *(f"mlp.{name}.weight" for name in ("gate_proj", "up_proj", "down_proj")),
-    "post_attention_layernorm.weight",
+    *(("self_attn", name, "weight") for name in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")),
+    *(("mlp", name, "weight") for name in ("gate_proj", "up_proj", "down_proj")),
+    ("post_attention_layernorm", "weight"),
 )
 
 
@@ -34,7 +34,7 @@ class NumpyDecoderLayer(DecoderLayer):
             return pair
         held: _Held | None = getattr(self, "_held", None)
         step = x.shape[1] == 1 and isinstance(cache, (KVCache, SlotLayer)) and cache.begun
-        if held is None or not (step or held.still()):  # within an utterance weights stay: looking takes 3 ms a step
+        if held is None or not (step or held.still(self)):  # within an utterance weights stay: looking takes 3 ms a step
             self._held = held = _Held(self)
         stream = view(x).reshape(-1, x.shape[-1]) + self._attend(held, view(normed), mask, cache)
         stream += self._feed(held, rms_norm(stream, held.norm, self.post_attention_layernorm.eps))
@@ -82,21 +82,21 @@ class _Held:
         self.down = Projection([mlp.down_proj])
         self.q_norm, self.k_norm = view(attention.q_norm.weight), view(attention.k_norm.weight)
         self.norm = view(layer.post_attention_layernorm.weight)
-        self._entries = [entry for path in _HELD for entry in _entries(layer, path.split("."))]
+        # Not the layer itself: a model that refers to itself is freed late, and another may need its room at once.
+        self._parts = list(_parts(layer))
 
-    def still(self) -> bool:
-        """Whether all are; weights are loaded, adapters come and go."""
-        return all(module.get(name) is value for module, name, value in self._entries)
+    def still(self, layer: DecoderLayer) -> bool:
+        """Whether all of the layer's are; weights are loaded, adapters come and go."""
+        return all(now is then for now, then in zip(_parts(layer), self._parts, strict=True))
 
 
-def _entries(module: nn.Module, path: Sequence[str]) -> Iterator[tuple[nn.Module, str, object]]:
-    """Yield what a module holds along a path, as far as there is something: module, name, what it is."""
-    for name in path:
-        value = module.get(name)
-        yield module, name, value
-        if not isinstance(value, nn.Module):
-            return
-        module = value
+def _parts(layer: DecoderLayer) -> Iterator[object]:
+    """Yield modules and arrays along the paths to what is held; None for what a path ends before."""
+    for path in _HELD:
+        part: object = layer
+        for name in path:
+            part = part.get(name) if isinstance(part, nn.Module) else None
+            yield part
 
 
 def _remember(cache: LayerCache, k: Array, v: Array) -> tuple[Array, Array]:
