@@ -33,7 +33,10 @@ def prepare(model: SpeechModel) -> None:
 
 
 def prepare_decoder(decoder: Qwen3) -> None:
-    """Join what one launch can compute; on a CPU, lay dense weights out by columns and leave products to NumPy."""
+    """Join what one launch can compute; on a CPU, lay dense weights out for its BLAS and leave products to NumPy.
+
+    Dense weights then lie by columns; those that NumPy multiplies with the same rows, side by side.
+    """
     join_projections(decoder)
     if numpy_multiplies():
         lay_out_for_numpy(decoder, _make_room_for_numpy())

@@ -122,6 +122,23 @@ def keep_top_p(logits: mx.array, p: float) -> mx.array:
     return mx.put_along_axis(mx.zeros_like(logits), order, cut, axis=0)
 
 
+def run_changes(
+    options: SamplingOptions, generated: Sequence[int], run: Sequence[int] = ()
+) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """Return the entries (row, token id) that the penalty and the ban change in a run; see `Sampler.process_run`."""
+    history, seen = list(generated), set(generated)
+    penalised: list[tuple[int, int]] = []
+    banned: list[tuple[int, int]] = []
+    for row in range(len(run) + 1):
+        if options.repetition_penalty != 1.0:
+            penalised += [(row, token) for token in seen]
+        banned += [(row, token) for token in banned_by_ngram(history, options.no_repeat_ngram)]
+        if row < len(run):
+            history.append(run[row])
+            seen.add(run[row])
+    return penalised, banned
+
+
 def best_two(scores: mx.array) -> tuple[mx.array, mx.array]:
     """Return the best token of each row of scores (K, V), and by how much it leads: ids (K,) and leads (K,).
 
@@ -161,7 +178,7 @@ class Sampler:
             Logits (K, V), float32; each row as `process` gives it.
         """
         logits = mx.array(logits.astype(mx.float32))
-        penalised, banned = self.run_changes(generated, run)
+        penalised, banned = run_changes(self.options, generated, run)
         if penalised:
             rows, ids = (mx.array(places) for places in zip(*penalised, strict=True))
             logits[rows, ids] = _penalise(logits[rows, ids], self.options.repetition_penalty)
@@ -169,22 +186,6 @@ class Sampler:
             rows, ids = (mx.array(places) for places in zip(*banned, strict=True))
             logits[rows, ids] = -mx.inf
         return logits
-
-    def run_changes(
-        self, generated: Sequence[int], run: Sequence[int]
-    ) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-        """Return the entries (row, token id) that the penalty and the ban change in a run; see `process_run`."""
-        history, seen = list(generated), set(generated)
-        penalised: list[tuple[int, int]] = []
-        banned: list[tuple[int, int]] = []
-        for row in range(len(run) + 1):
-            if self.options.repetition_penalty != 1.0:
-                penalised += [(row, token) for token in seen]
-            banned += [(row, token) for token in banned_by_ngram(history, self.options.no_repeat_ngram)]
-            if row < len(run):
-                history.append(run[row])
-                seen.add(run[row])
-        return penalised, banned
 
     def choose(self, logits: mx.array, generated: Sequence[int]) -> int:
         """Choose the next token.

@@ -1,4 +1,7 @@
-"""Weights by columns: the values of before, and the same products bit for bit."""
+"""Weights by columns and side by side: the values of before, and their products.
+
+MLX's products keep their bits, and so do one and two rows of NumPy's; more of those stay the same up to rounding.
+"""
 
 from dataclasses import replace
 

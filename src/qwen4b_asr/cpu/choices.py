@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import mlx.core as mx
 import numpy as np
 
-from ..sampling import NEAR, Sampler, SamplingOptions, banned_by_ngram
+from ..sampling import NEAR, Sampler, SamplingOptions, run_changes
 from .products import Array, view
 
 Entries = Sequence[tuple[int, int]]
@@ -33,7 +33,7 @@ def choose_run(
         Token ids (K), by how much each leads (K,), and the largest magnitude of each row's logits (K,). A lead is no
         number where the best scores are infinite or no numbers.
     """
-    penalised, banned = sampler.run_changes(generated, run)
+    penalised, banned = run_changes(sampler.options, generated, run)
     best, leads, size = _choose(view(logits), penalised, sampler.options.repetition_penalty, banned)
     return best.tolist(), leads, size
 
@@ -51,19 +51,17 @@ def choose_rows(
     Returns:
         Token ids (K), and for each row whether rounding may decide between the best two (K).
     """
-    ids = [
-        sorted(set(row)) if option.repetition_penalty != 1 else []
-        for row, option in zip(generated, options, strict=True)
-    ]
-    penalised = [(row, token) for row, seen in enumerate(ids) for token in seen]
-    penalties = np.array([option.repetition_penalty for option in options], np.float32)
-    banned = [
-        (row, token)
-        for row, (history, option) in enumerate(zip(generated, options, strict=True))
-        for token in banned_by_ngram(history, option.no_repeat_ngram)
-    ]
-    best, leads, size = _choose(view(logits), penalised, penalties.repeat([len(seen) for seen in ids]), banned)
-    stretch = np.maximum(penalties, 1 / penalties)
+    penalised: list[tuple[int, int]] = []
+    banned: list[tuple[int, int]] = []
+    penalties: list[float] = []
+    for row, (history, option) in enumerate(zip(generated, options, strict=True)):
+        worse, never = run_changes(option, history)
+        penalised += [(row, token) for _, token in worse]
+        penalties += [option.repetition_penalty] * len(worse)
+        banned += [(row, token) for _, token in never]
+    best, leads, size = _choose(view(logits), penalised, np.array(penalties, np.float32), banned)
+    penalty = np.array([option.repetition_penalty for option in options], np.float32)
+    stretch = np.maximum(penalty, 1 / penalty)
     return best.tolist(), np.logical_not(leads > np.float32(NEAR) * stretch * size).tolist()
 
 

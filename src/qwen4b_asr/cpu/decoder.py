@@ -34,7 +34,8 @@ class NumpyDecoderLayer(DecoderLayer):
             return pair
         held: _Held | None = getattr(self, "_held", None)
         step = x.shape[1] == 1 and isinstance(cache, (KVCache, SlotLayer)) and cache.begun
-        if held is None or not (step or held.still(self)):  # within an utterance weights stay: looking takes 3 ms a step
+        # Within an utterance weights stay: looking takes 3 ms a step.
+        if held is None or not (step or held.still(self)):
             self._held = held = _Held(self)
         stream = view(x).reshape(-1, x.shape[-1]) + self._attend(held, view(normed), mask, cache)
         stream += self._feed(held, rms_norm(stream, held.norm, self.post_attention_layernorm.eps))
