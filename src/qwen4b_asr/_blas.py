@@ -98,25 +98,19 @@ def numpy_blas() -> str | None:
     return str(libraries[0]) if libraries else None
 
 
-def leave_cores_to_numpy() -> int:
+def leave_cores_to_numpy() -> None:
     """Let NumPy's OpenBLAS have the cores, and the one that MLX calls a single thread.
 
     The threads of either keep their cores busy for some time after a product, waiting for the next: two sets of them
     get into each other's way, and both take more than twice as long. What is left to MLX then are small products.
-
-    Returns:
-        The number of threads that NumPy's has then, 1 if it is not to multiply.
     """
     numpys, mlxs = numpy_blas(), loaded_blas()
     if numpys is None:
-        return 1
-    library = ctypes.CDLL(numpys)
+        return
     if not any(os.environ.get(name) for name in _THREAD_VARIABLES):
-        _set_threads(library, physical_cores())  # its own count knows neither quotas nor hyper-threads
+        _set_threads(ctypes.CDLL(numpys), physical_cores())  # its own count knows neither quotas nor hyper-threads
     if mlxs is not None:
         _set_threads(ctypes.CDLL(mlxs), 1)
-    count: int = getattr(library, "scipy_openblas_get_num_threads64_", physical_cores)()
-    return count
 
 
 def physical_cores() -> int:

@@ -39,14 +39,14 @@ def prepare_decoder(decoder: Qwen3) -> None:
     """
     join_projections(decoder)
     if numpy_multiplies():
-        lay_out_for_numpy(decoder, _make_room_for_numpy())
+        _make_room_for_numpy()
+        lay_out_for_numpy(decoder)
         multiply_by_numpy(decoder)
         use_numpy_layers(decoder)
     elif mx.default_device().type == mx.DeviceType.cpu and "openblas" in (loaded_blas() or ""):
         lay_out_by_columns(decoder)
 
 
-def _make_room_for_numpy() -> int:
-    """Return the number of threads that its BLAS has."""
+def _make_room_for_numpy() -> None:
     keep_freed_memory()
-    return leave_cores_to_numpy()
+    leave_cores_to_numpy()

@@ -11,8 +11,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from qwen4b_asr.cpu import arithmetic, listening, products
-from qwen4b_asr.cpu.columns import lay_out_for_numpy
+from qwen4b_asr.cpu import arithmetic, columns, listening, products
 from qwen4b_asr.cpu.decoder import NumpyDecoderLayer, use_numpy_layers
 
 from . import checks
@@ -29,7 +28,7 @@ def used(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
     def filled(module: Any, weights: Any) -> Any:
         fill(module, weights)
-        lay_out_for_numpy(module, threads=2)
+        columns.lay_out_for_numpy(module)
         products.multiply_by_numpy(module)
         counts["listening layers"] += len(listening.listen_with_numpy(module))
         counts["decoder layers"] += len(use_numpy_layers(module))
@@ -43,6 +42,8 @@ def used(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
         return call
 
     monkeypatch.setattr(checks, "fill", filled)
+    for module in (columns, products):  # whatever this BLAS does: these weights would be too small for most
+        monkeypatch.setattr(module, "joins_exactly", lambda *_, **__: True)
     for module, name in ((products, "multiply_rows"), (listening, "multiply_columns")):
         monkeypatch.setattr(module, name, counted(getattr(module, name)))
     return counts

@@ -264,7 +264,7 @@ def test_passes_over_several_rows_cost_more_than_where_mlx_multiplies(monkeypatc
 def test_prepare_leaves_products_to_numpy_where_it_can(monkeypatch, numpys):
     limited = []
     monkeypatch.setattr(prepare, "numpy_multiplies", lambda: numpys)
-    monkeypatch.setattr(prepare, "leave_cores_to_numpy", lambda: limited.append(True) or 1)
+    monkeypatch.setattr(prepare, "leave_cores_to_numpy", lambda: limited.append(True))
     model = SpeechModel(CONFIG)
     randomise(model, 0)
     prepare.prepare(model)
@@ -302,7 +302,7 @@ def test_a_layer_follows_weights_that_change_between_calls():
 
 def test_a_decoder_follows_weights_and_adapters_that_change_between_utterances():
     ours, plain = (randomise(Qwen3(SIZES), 4) for _ in range(2))
-    prepare.lay_out_for_numpy(ours, 1)
+    prepare.lay_out_for_numpy(ours)
     products.multiply_by_numpy(ours)
     use_numpy_layers(ours)
 

@@ -15,6 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..joined import GROUPS, can_join
+from .products import joins_exactly
 
 # Columns that are written side by side: enough for whole cache lines, few enough for the source's to stay in cache.
 _BLOCK = 512
@@ -38,7 +39,7 @@ def lay_out_by_columns(model: nn.Module) -> list[str]:
     return sorted(dense)
 
 
-def lay_out_for_numpy(model: nn.Module, threads: int) -> list[str]:
+def lay_out_for_numpy(model: nn.Module) -> list[str]:
     """Do so where it helps NumPy's OpenBLAS, which has a routine for one row, and put side by side what reads one row.
 
     It reads matrices with fewer rows than columns a third faster as checkpoints have them. Queries, keys and values
@@ -46,9 +47,7 @@ def lay_out_for_numpy(model: nn.Module, threads: int) -> list[str]:
     it at once, a fifth faster than by one after another.
 
     Args:
-        model: Any module tree, filled.
-        threads: Number that the BLAS shares out the outputs among. It adds up those that are left over from groups of
-            four in another order, so matrices that would leave some stay apart.
+        model: Any module tree, filled. Matrices that would not give a row the same bits side by side stay apart.
 
     Returns:
         Paths of the modules.
@@ -61,7 +60,7 @@ def lay_out_for_numpy(model: nn.Module, threads: int) -> list[str]:
             parts = [dense[one] for one in paths if one in dense]
             if len(parts) < len(members) or not can_join(parts) or any("bias" in part for part in parts):
                 continue
-            if any(part.weight.shape[0] % (4 * threads) for part in parts):
+            if not joins_exactly(parts[0].weight.shape[1], tuple(part.weight.shape[0] for part in parts), rows=1):
                 continue
             for part, weight in zip(parts, side_by_side([part.weight for part in parts]), strict=True):
                 part.weight = weight

@@ -6,6 +6,8 @@ Shapes: R rows and C columns of a matrix, N rows of x.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
+from itertools import accumulate
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -18,6 +20,9 @@ from ..quantization import Scheme, UnpackingLinear, unpack
 # OpenBLAS's kernels for AVX2 take rows in groups: seven cost half as much again as eight, 45 a quarter more than 48;
 # from some 130 on, and in small matrices, filling them up costs what it saves.
 _GROUP, _MANY, _SMALL = 8, 128, 1 << 17
+
+# Rows up to which one product is quicker than several; a prime number of numbers, so that no two columns are alike.
+_JOINED, _RANDOM = 16, 65_537
 
 Array = np.ndarray[tuple[int, ...], np.dtype[np.float32]]
 
@@ -139,12 +144,8 @@ class Projection:
         self._whole = _as_one(self._matrices) if ours and not any("bias" in layer for layer in layers) else None
 
     def __call__(self, x: Array) -> Array:
-        """Map rows (N, C) to what the layers give side by side, (N, R of all).
-
-        One and two rows come out bit for bit as layer by layer. More do up to rounding where matrices are multiplied as
-        one: a BLAS adds up some outputs in another order by how many there are.
-        """
-        if self._whole is not None:
+        """Map rows (N, C) to what the layers give side by side, (N, R of all), bit for bit what each gives alone."""
+        if self._whole is not None and self._joins(len(x)):
             return multiply_rows(x, self._whole)
         if self._matrices:
             outputs = [multiply_rows(x, matrix) for matrix in self._matrices]
@@ -154,6 +155,38 @@ class Projection:
         else:
             outputs = [project(layer, x) for layer in self._layers]
         return outputs[0] if len(outputs) == 1 else np.concatenate(outputs, axis=1)
+
+    def _joins(self, rows: int) -> bool:
+        widths = tuple(matrix.shape[1] for matrix in self._matrices)
+        return len(widths) == 1 or joins_exactly(len(self._matrices[0]), widths, rows)
+
+
+def joins_exactly(inputs: int, outputs: tuple[int, ...], rows: int) -> bool:
+    """Whether a few rows times matrices (C, R) side by side give the bits that they give times each.
+
+    A BLAS cuts up outputs among its threads and into blocks, and adds up what is left over from a block in another
+    order. For which widths nothing is left over depends on the BLAS, the processor and the number of threads, so it is
+    tried, once for all matrices of the same shapes. For many rows the answer is no: there one call more costs nothing.
+
+    Args:
+        inputs: C.
+        outputs: R of each.
+        rows: N.
+    """
+    if rows > _JOINED:
+        return False
+    if rows < 3:
+        return _same_bits(inputs, outputs, 1)
+    filled = min(outputs) * inputs > _SMALL  # as `multiply_rows` does
+    return _same_bits(inputs, outputs, rows + -rows % _GROUP if filled else rows)
+
+
+@lru_cache(maxsize=64)
+def _same_bits(inputs: int, outputs: tuple[int, ...], rows: int) -> bool:
+    random = np.random.default_rng(0).standard_normal(_RANDOM, np.float32)
+    x, whole = np.resize(random, (rows, inputs)), np.resize(random, (inputs, sum(outputs)))
+    parts = np.split(whole, list(accumulate(outputs))[:-1], axis=1)
+    return np.array_equal(multiply_rows(x, whole), np.concatenate([multiply_rows(x, part) for part in parts], axis=1))
 
 
 def _as_one(matrices: Sequence[Array]) -> Array | None:
