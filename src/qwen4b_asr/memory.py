@@ -10,6 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from math import prod
+
+import mlx.nn as nn
 
 from .adaptor import AdaptorConfig
 from .cache import KVCache
@@ -22,8 +25,10 @@ from .features import FrontendConfig, frame_count
 from .generate import GenerationOptions
 from .machine import Machine
 from .mel import MelConfig
+from .model import SpeechModel
 from .nano_adaptor import NanoAdaptorConfig
-from .weights.recipes import quantized_config, read_recipe, stored_bytes
+from .quantization import UNPACKED
+from .weights.recipes import PARTS, quantized_config, read_recipe, stored_bytes
 
 PROGRAM_BYTES = 300_000_000
 """The interpreter, libraries, the BLAS's buffers, and what allocators keep for themselves; measured: 70 to 290 MB."""
@@ -39,6 +44,7 @@ _PREFILL_ARRAYS = 8
 _PREFILL_SCORES = 3
 _LOGIT_ARRAYS = 8
 _CTC_ARRAYS = 4
+_UNPACKED_ARRAYS = 3
 _IMAGE_ARRAYS = 4  # of the strided convolutions' input, unfolded windows included
 
 # Quantisations that are advised: the recipe, and bits for other parts.
@@ -142,6 +148,9 @@ def plan_memory(config: ModelConfig, dtype: str, work: Work | None = None, *, re
         cache += cache_bytes(config.decoder, _PROMPT_ROWS, width)  # the text before the audio is kept for the next
         stages["prefill"] = work.batch * _prefill(config.decoder, prompt, width)
         stages["decode"] = work.batch * _LOGIT_ARRAYS * config.decoder.vocab_size * _FLOAT
+    if dtype == "float32":  # on a GPU codes are multiplied as they are
+        for stage, size in _unpacked(config).items():
+            stages[stage] += size
     return Plan(config.name, dtype, stored_bytes(config, decoder_dtype=dtype), cache, stages, reserve)
 
 
@@ -207,6 +216,20 @@ def _prefill(config: DecoderConfig, rows: int, width: int) -> int:
     widest = max(config.intermediate_size, (heads + 2 * config.num_key_value_heads) * config.head_dim)
     layer = _PREFILL_ARRAYS * chunk * widest + _PREFILL_SCORES * heads * chunk * rows
     return width * (layer + rows * config.hidden_size)
+
+
+def _unpacked(config: ModelConfig) -> dict[str, int]:
+    """Return the workspace of stages' largest quantised matrix times many rows; see `UnpackingLinear`."""
+    most: dict[str, int] = {}
+    for path, module in SpeechModel(config).named_modules():  # lazy arrays: nothing is computed
+        if type(module) is not nn.QuantizedLinear or module.mode != "affine":
+            continue
+        part, name = PARTS[path.partition(".")[0]], path.rpartition(".")[2]
+        # Steps of drafts and batches have many rows as well; of a prompt only the last has scores.
+        stages = (part,) if part != "decoder" else ("decode",) if name == "lm_head" else _WITH_CACHE
+        for stage in stages:
+            most[stage] = max(most.get(stage, 0), min(UNPACKED, prod(module.scales.shape) * module.group_size))
+    return {stage: _UNPACKED_ARRAYS * count * _FLOAT for stage, count in most.items()}
 
 
 def dense(config: ModelConfig) -> ModelConfig:

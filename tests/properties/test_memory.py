@@ -34,6 +34,7 @@ from qwen4b_asr.model import SpeechModel
 from qwen4b_asr.nano_adaptor import NanoAdaptorConfig, NanoCtcConfig
 from qwen4b_asr.nano_prompt import NanoPromptConfig
 from qwen4b_asr.projection import ProjectionConfig
+from qwen4b_asr.quantization import UNPACKED, UnpackingLinear, unpack_for_many_rows
 from qwen4b_asr.sampling import Sampler, SamplingOptions
 from qwen4b_asr.weights.catalog import load_catalog
 from qwen4b_asr.weights.convert import convert_checkpoint
@@ -200,11 +201,18 @@ def peak_of(run):
     return result, mx.get_peak_memory() - before
 
 
+def wide_head() -> ModelConfig:
+    """A quantised model with a head that is larger than what is unpacked at once."""
+    decoder = replace(DECODER, vocab_size=40_000, tie_word_embeddings=False)
+    return quantized_config(replace(SHAPES["4b"], decoder=decoder), read_recipe("4", encoder=8, adaptor=8))
+
+
 @pytest.mark.parametrize(("seconds", "batch"), [(2, 1), (30, 1), (12, 3)])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", [*SHAPES, "quantised"])
 def test_no_stage_takes_more_than_planned_nor_a_fifth_of_it(shape, seconds, batch):
-    config = SHAPES[shape]
+    config = wide_head() if shape == "quantised" else SHAPES[shape]
     model = SpeechModel(config)
+    unpack_for_many_rows(model)
     model.eval()
     mx.eval(model.parameters())
     plan = plan_memory(config, "float32", Work(seconds, batch))
@@ -226,6 +234,10 @@ def test_no_stage_takes_more_than_planned_nor_a_fifth_of_it(shape, seconds, batc
     held = sum(array.nbytes for layer in cache for array in layer.state)
     found["prefill"] = (prefill - held) * batch
     found["decode"] = batch * peak_of(lambda: Sampler(SamplingOptions()).process(logits, [1, 2, 3]))[1]
+    if shape == "quantised":  # eight rows of a draft
+        assert isinstance(model.decoder.lm_head, UnpackingLinear)
+        assert config.decoder.vocab_size * config.decoder.hidden_size > UNPACKED
+        found["decode"] = max(found["decode"], peak_of(lambda: model.decoder.logits(mx.zeros((8, 256))))[1])
     assert found.keys() == plan.workspace.keys()
     measured = {stage: (size, plan.workspace[stage]) for stage, size in found.items()}
     assert all(size <= told for size, told in measured.values()), measured

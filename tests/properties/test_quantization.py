@@ -11,6 +11,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 
+from qwen4b_asr import quantization
 from qwen4b_asr.cache import KVCache
 from qwen4b_asr.decoder import DecoderConfig, Qwen3
 from qwen4b_asr.lora import dense_weight, layer_shape
@@ -123,8 +124,10 @@ def test_unpacked_codes_are_the_numbers_that_they_stand_for(scheme, count, group
     assert mx.allclose(found, wanted, rtol=0, atol=1e-6)
 
 
-@given(affine, st.booleans(), st.integers(1, 20), st.integers(1, 3), st.integers(0, 99))
-def test_a_layer_that_unpacks_computes_the_same_for_any_number_of_rows(scheme, bias, count, batch, seed):
+@given(
+    affine, st.booleans(), st.integers(1, 20), st.integers(1, 3), st.sampled_from([1, 700, 1 << 20]), st.integers(0, 99)
+)
+def test_a_layer_that_unpacks_computes_the_same_for_any_number_of_rows(scheme, bias, count, batch, numbers, seed):
     columns = 2 * scheme.group_size
     plain = nn.QuantizedLinear.from_linear(nn.Linear(columns, 7, bias), scheme.group_size, scheme.bits)
     other = nn.Sequential(nn.QuantizedLinear.from_linear(nn.Linear(columns, 7, bias), scheme.group_size, scheme.bits))
@@ -133,9 +136,33 @@ def test_a_layer_that_unpacks_computes_the_same_for_any_number_of_rows(scheme, b
     assert type(other.layers[0]) is UnpackingLinear
     x = rows(batch * count, columns, seed).reshape(batch, count, columns)
     wanted = plain(x)
-    assert max_abs(other(x) - wanted) <= 1e-5 * (1 + max_abs(wanted))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quantization, "UNPACKED", numbers)
+        found = other(x)
+        assert found.shape == wanted.shape
+        assert max_abs(found - wanted) <= 1e-5 * (1 + max_abs(wanted))
     few = x.reshape(-1, columns)[:6]
     assert mx.array_equal(other(few), plain(few))  # the same product: bit for bit
+
+
+def test_a_large_matrix_is_never_there_as_a_whole_and_has_gradients(monkeypatch):
+    monkeypatch.setattr(quantization, "UNPACKED", 1 << 16)
+    plain = nn.QuantizedLinear(512, 8192, bits=4)
+    mx.eval(plain.parameters())
+    layer = nn.Sequential(nn.QuantizedLinear(512, 8192, bits=4))
+    layer.layers[0].update(plain.parameters())
+    unpack_for_many_rows(layer)
+    x = rows(8, 512)
+    mx.eval(x)
+    mx.synchronize()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    y = layer(x)
+    mx.eval(y)
+    mx.synchronize()
+    assert mx.get_peak_memory() - before < 2 * y.nbytes + 4 * (4 << 16)  # of 16 MB
+    slopes = [mx.grad(lambda x, one=one: (one(x) ** 2).sum())(x) for one in (layer, plain)]
+    assert max_abs(slopes[0] - slopes[1]) <= 1e-5 * max_abs(slopes[1])
 
 
 def test_only_affine_codes_with_float32_scales_are_unpacked():

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
 from .._blas import numpy_blas
-from ..quantization import Scheme, UnpackingLinear, unpack
+from ..quantization import UnpackingLinear
 
 # OpenBLAS's kernels for AVX2 take rows in groups: seven cost half as much again as eight, 45 a quarter more than 48;
 # from some 130 on, and in small matrices, filling them up costs what it saves.
@@ -207,12 +207,10 @@ def _as_one(matrices: Sequence[Array]) -> Array | None:
 class NumpyUnpackingLinear(UnpackingLinear):
     """A quantised layer that leaves its dense product, for many rows, to NumPy."""
 
-    def multiply_unpacked(self, x: mx.array, scheme: Scheme) -> mx.array:
-        """Map (..., C) to (..., R) by the matrix that the codes stand for."""
-        assert self.biases is not None  # of affine mode
-        weight = unpack(self.weight, self.scales, self.biases, scheme)
+    def multiply_block(self, x: mx.array, weight: mx.array) -> mx.array:
+        """Map (..., C) by rows (N, C) of the matrix to (..., N)."""
         if weight.dtype != mx.float32 or not can_compute(self, x):
-            return x @ weight.T
+            return super().multiply_block(x, weight)
         return mx.array(multiply(view(x), weight))
 
 
