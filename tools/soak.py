@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from qwen4b_asr.config import ModelConfig
     from qwen4b_asr.memory import Plan
 
 ROWS = 20
@@ -47,21 +48,29 @@ def resident_bytes() -> int:
     return pages * resource.getpagesize()
 
 
-def write_random(shape: str, directory: Path, recipe: str | None) -> Path:
-    """Write a model directory of random weights; returns where it is."""
-    import mlx.core as mx
-
+def random_config(shape: str) -> ModelConfig:
+    """Return the configuration of a model of random weights, whose prompt the demo's tokenizer can spell."""
     from qwen4b_asr.adaptor import AdaptorConfig
     from qwen4b_asr.config import ModelConfig
     from qwen4b_asr.decoder import DecoderConfig
+    from qwen4b_asr.weights.paths import weights_data
+
+    decoder = DecoderConfig(**SHAPES[shape])
+    prompt = ModelConfig.load(weights_data() / "demo").prompt
+    adaptor = AdaptorConfig(output_size=decoder.hidden_size)
+    return ModelConfig(f"random-{shape}", adaptor=adaptor, decoder=decoder, prompt=prompt)
+
+
+def write_random(config: ModelConfig, directory: Path, recipe: str | None) -> Path:
+    """Write a model directory of random weights; returns where it is."""
+    import mlx.core as mx
+
     from qwen4b_asr.model import SpeechModel
     from qwen4b_asr.weights.convert import convert_checkpoint
     from qwen4b_asr.weights.directory import save_model
     from qwen4b_asr.weights.paths import weights_data
     from qwen4b_asr.weights.recipes import read_recipe
 
-    decoder = DecoderConfig(**SHAPES[shape])
-    config = ModelConfig(f"random-{shape}", adaptor=AdaptorConfig(output_size=decoder.hidden_size), decoder=decoder)
     model = SpeechModel(config)
     model.decoder.set_dtype(mx.bfloat16)
     save_model(directory / "dense", model, config, weights_data() / "demo" / "tokenizer.json")
@@ -85,6 +94,7 @@ def soak(model: str, options: argparse.Namespace) -> bool:
     recording = load_audio(weights_data() / "demo" / "sample.wav")
     longest = int(options.seconds * SAMPLE_RATE)
     recording = np.tile(recording, -(-longest // recording.size))[:longest]
+    mx.reset_peak_memory()  # writing a random model had its own
     transcriber = qwen4b_asr.load(model, dtype=options.dtype)
     plan = planned(transcriber, options)
     print(
@@ -153,7 +163,11 @@ def main() -> None:
 
     preload_openblas()  # before MLX
     with tempfile.TemporaryDirectory() as folder:
-        model = str(write_random(options.shape, Path(folder), options.quantize)) if options.shape else options.model
+        model = (
+            str(write_random(random_config(options.shape), Path(folder), options.quantize))
+            if options.shape
+            else options.model
+        )
         good = soak(model, options)
     raise SystemExit(0 if good else 1)
 
