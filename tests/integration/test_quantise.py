@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from math import prod
 
 import mlx.core as mx
 import numpy as np
@@ -10,10 +11,11 @@ from mlx.utils import tree_flatten
 
 import qwen4b_asr
 from qwen4b_asr.errors import CheckpointError, ConfigError
+from qwen4b_asr.model import SpeechModel
 from qwen4b_asr.quantization import Quantization, Scheme, UnpackingLinear
 from qwen4b_asr.weights import quantize
 from qwen4b_asr.weights.convert import convert, convert_checkpoint
-from qwen4b_asr.weights.load import load_model
+from qwen4b_asr.weights.load import load_model, parameter_shapes
 from qwen4b_asr.weights.paths import weights_data
 from qwen4b_asr.weights.quantize import quantize_rows
 from qwen4b_asr.weights.recipes import PARTS, RECIPES, quantized_config, read_recipe, stored_bytes
@@ -52,7 +54,9 @@ def test_every_recipe_makes_a_model_that_verifies_and_computes_with_its_own_numb
     config = convert(**parts.arguments(out), recipe=chosen)
     source = replace(WIDE, decoder=replace(WIDE.decoder, tie_word_embeddings=tied))
     assert (config, plain(config)) == (quantized_config(source, chosen), source)
-    assert verify(out).problems == ()
+    report = verify(out)
+    assert report.problems == ()
+    assert report.parameters == sum(map(prod, parameter_shapes(SpeechModel(source)).values()))
     assert sizes_on_disk(out) == stored_bytes(config)
     own, twin = dense_twin(out)
     wanted = logits(twin)

@@ -16,6 +16,7 @@ from ..errors import AsrError, CheckpointError, ConfigError
 from ..model import SpeechModel
 from ..pieces import PIECE_FILES
 from ..tokenizer import Tokenizer
+from .describe import describe_path
 from .directory import CHECKSUMS_FILE, SCHEMA, TOKENIZER_FILE, file_sha256
 from .load import name_and_shape_problems, parameter_shapes, storage_problem
 from .quantized import packed_types
@@ -33,7 +34,7 @@ class VerifyReport:
         directory: The directory.
         files: Files whose checksums were compared.
         tensors: Tensors read.
-        parameters: Their values in all.
+        parameters: Values that they stand for; of packed ones those that they were made from. 0 if there are problems.
         nbytes: Their bytes.
         problems: One line for everything that is wrong; empty if nothing is.
     """
@@ -102,7 +103,8 @@ def verify(directory: str | Path, *, on_progress: Progress | None = None) -> Ver
         if bad:
             problems.append(f"{ref.file.name}: tensor {ref.name!r} has {bad} values that are not finite")
         report(ref.name, ref.nbytes)
-    parameters = sum(ref.size for ref in refs.values())
+    # Packed ones are counted by the configuration, which a damaged directory may not have.
+    parameters = sum(p.parameters for p in describe_path(directory).parts) if not problems else 0
     return VerifyReport(directory, len(listed), len(refs), parameters, nbytes, tuple(problems))
 
 
