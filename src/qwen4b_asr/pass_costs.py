@@ -43,10 +43,12 @@ class PassCost:
 
 # On the CPU they were measured, by `tools/bench/drafts.py --costs`: NumPy has a routine of its own for one row, which
 # reads a matrix twice as fast as OpenBLAS packs it for several, but for a matrix in the caches; MLX has it packed
-# always. Other products of MLX go row by row. For GPUs they are a guess on the careful side.
+# always. Codes become numbers once for all rows where NumPy multiplies; MLX's products of them, and of 16 bits, go row
+# by row. For GPUs they are a guess on the careful side.
 _COSTS = {
     ("numpy", "float32"): PassCost(0.115, free=8, run=1.4, group=8, pair=1.7),
     ("numpy", "float32 in cache"): PassCost(0.025, free=8, run=0.4),
+    ("numpy", "quantised"): PassCost(0.17, free=8, run=1.5, pair=1.8),
     ("cpu", "float32"): PassCost(0.04, free=8),
     ("cpu", "16 bits"): PassCost(0.36),
     ("cpu", "quantised"): PassCost(0.95),
@@ -89,6 +91,8 @@ def pass_cost(decoder: Qwen3) -> PassCost:
     if decoder.computes_at_once and "float32" in sizes:
         in_cache = 4 * sizes["float32"] <= _IN_CACHE
         costs["float32"] = _COSTS["numpy", "float32 in cache" if in_cache else "float32"]
+    if "quantised" in sizes and all(getattr(m, "computes_at_once", False) for m in decoder.modules() if "scales" in m):
+        costs["quantised"] = _COSTS["numpy", "quantised"]
     total = max(1, sum(sizes.values()))
     shares = [(costs[form], size / total) for form, size in sizes.items()]
     paired = any(cost.pair is not None for cost, _ in shares)

@@ -11,11 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwen4b_asr import pass_costs
+from qwen4b_asr.cpu.products import multiply_by_numpy
 from qwen4b_asr.decoder import DecoderConfig, Qwen3
 from qwen4b_asr.draft import Drafter, Place
 from qwen4b_asr.pass_costs import PassCost, Stakes, drafts_pay, pass_cost
 from qwen4b_asr.pieces import PieceKind, PieceTable
-from qwen4b_asr.quantization import Quantization, Scheme
+from qwen4b_asr.quantization import Quantization, Scheme, unpack_for_many_rows
 from qwen4b_asr.rich_decoding import RichDecoder
 
 DRAFT = tuple(range(100, 140))
@@ -180,6 +181,15 @@ def test_rows_cost_what_was_measured_for_the_kind_of_weights(monkeypatch):
         < pass_cost(quantised).row
     )
     assert not drafts_pay(quantised)
+    quantised.eval()
+    unpack_for_many_rows(quantised)
+    multiply_by_numpy(quantised)
+    assert 0.15 < pass_cost(quantised).row < 0.17  # its scales are float32
+    assert drafts_pay(quantised)
+    six = Qwen3(DecoderConfig(**sizes, quantization=Quantization(Scheme(32, 4), {"model.embed_tokens": Scheme(32, 6)})))
+    unpack_for_many_rows(six)
+    multiply_by_numpy(six)
+    assert not drafts_pay(six)  # codes that lie across bytes are left to MLX
     monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
     assert drafts_pay(quantised)
     assert {device for device, _ in pass_costs._COSTS} == {"cpu", "gpu", "numpy"}

@@ -36,6 +36,7 @@ ROOMS = [
             "joined",
             "prefix",
             "cpu.columns",
+            "cpu.codes",
             "cpu.products",
             "cpu.arithmetic",
             "cpu.heap",

@@ -13,7 +13,7 @@ from ..cache import KVCache
 from ..decoder import DecoderLayer, LayerCache
 from ..lora import LoraLinear
 from .arithmetic import attention, rms_norm, root_mean_square, rotate
-from .products import Array, NumpyLinear, Projection, can_compute, view
+from .products import Array, NumpyLinear, NumpyUnpackingLinear, Projection, can_compute, view
 
 _HELD = (
     *(("self_attn", name, "weight") for name in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")),
@@ -120,7 +120,11 @@ def use_numpy_layers(decoder: nn.Module) -> list[str]:
         if type(module) is not DecoderLayer:
             continue
         parts = {**module.self_attn.children(), **module.mlp.children()}
-        if all(type(part) in (NumpyLinear, LoraLinear) for name, part in parts.items() if name.endswith("_proj")):
+        if all(
+            type(part) in (NumpyLinear, NumpyUnpackingLinear, LoraLinear)
+            for name, part in parts.items()
+            if name.endswith("_proj")
+        ):
             module.__class__ = NumpyDecoderLayer
             changed.append(path)
     return sorted(changed)

@@ -16,6 +16,7 @@ from numpy.lib.stride_tricks import as_strided
 
 from .._blas import numpy_blas
 from ..quantization import UnpackingLinear
+from .codes import can_multiply_codes, multiply_codes
 
 # OpenBLAS's kernels for AVX2 take rows in groups: seven cost half as much again as eight, 45 a quarter more than 48;
 # from some 130 on, and in small matrices, filling them up costs what it saves.
@@ -205,7 +206,19 @@ def _as_one(matrices: Sequence[Array]) -> Array | None:
 
 
 class NumpyUnpackingLinear(UnpackingLinear):
-    """A quantised layer that leaves its dense product, for many rows, to NumPy."""
+    """A quantised layer whose products, with codes for few rows and with numbers for many, NumPy computes."""
+
+    @property
+    def computes_at_once(self) -> bool:
+        """Whether it does so for one row."""
+        return can_multiply_codes(self.bits, rows=1)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """Map (..., C) to (..., R)."""
+        y = _times_codes(self, x)
+        if y is None:
+            return super().__call__(x)
+        return y + self.bias if "bias" in self else y
 
     def multiply_block(self, x: mx.array, weight: mx.array) -> mx.array:
         """Map (..., C) by rows (N, C) of the matrix to (..., N)."""
@@ -214,10 +227,35 @@ class NumpyUnpackingLinear(UnpackingLinear):
         return mx.array(multiply(view(x), weight))
 
 
+class NumpyQuantizedEmbedding(nn.QuantizedEmbedding):
+    """A quantised table of embeddings that scores hidden states by NumPy; it is looked up by MLX."""
+
+    @property
+    def computes_at_once(self) -> bool:
+        """Whether it does so for one row."""
+        return can_multiply_codes(self.bits, rows=1)
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        """Map (..., C) to (..., R)."""
+        y = _times_codes(self, x)
+        return super().as_linear(x) if y is None else y
+
+
+def _times_codes(layer: nn.QuantizedLinear | nn.QuantizedEmbedding, x: mx.array) -> mx.array | None:
+    """Return x (..., C) times the matrix of a layer with affine codes, (..., R); None if MLX has to."""
+    count = x.size // x.shape[-1]
+    if not can_multiply_codes(layer.bits, count) or not can_compute(layer, x):
+        return None
+    assert layer.biases is not None  # of affine mode
+    parts = np.asarray(layer.weight), view(layer.scales), view(layer.biases)
+    return mx.array(multiply_codes(view(x).reshape(count, -1), *parts, layer.bits).reshape(*x.shape[:-1], -1))
+
+
 _KINDS: dict[type[nn.Module], type[nn.Module]] = {
     nn.Linear: NumpyLinear,
     nn.Embedding: NumpyEmbedding,
     UnpackingLinear: NumpyUnpackingLinear,
+    nn.QuantizedEmbedding: NumpyQuantizedEmbedding,
 }
 
 
@@ -233,7 +271,12 @@ def multiply_by_numpy(model: nn.Module) -> list[str]:
     changed = []
     for path, module in model.named_modules():
         kind = _KINDS.get(type(module))
-        if kind is not None and (kind is NumpyUnpackingLinear or module.weight.dtype == mx.float32):
+        if kind is not None and _in_float32(module):
             module.__class__ = kind
             changed.append(path)
     return sorted(changed)
+
+
+def _in_float32(module: nn.Module) -> bool:
+    numbers: mx.array = module.scales if "scales" in module else module.weight  # other modes' scales are bytes
+    return bool(numbers.dtype == mx.float32)
