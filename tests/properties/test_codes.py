@@ -1,5 +1,7 @@
 """Rows times quantised matrices on NumPy: what MLX's own product gives, for any form, size and number of rows."""
 
+from dataclasses import replace
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -7,9 +9,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qwen4b_asr.batch_generate import BatchGeneration
 from qwen4b_asr.cpu import codes, products
-from qwen4b_asr.quantization import unpack_for_many_rows
-from tests.helpers.tiny import max_abs, rows
+from qwen4b_asr.cpu.decoder import NumpyDecoderLayer
+from qwen4b_asr.decoder import Qwen3
+from qwen4b_asr.generate import Generation, GenerationOptions
+from qwen4b_asr.pass_costs import PassCost, Stakes
+from qwen4b_asr.prepare import prepare_decoder
+from qwen4b_asr.quantization import Quantization, Scheme, quantize_modules, unpack_for_many_rows
+from qwen4b_asr.sampling import SamplingOptions
+from qwen4b_asr.speculate import DraftedGeneration
+from tests.helpers.tiny import CONFIG, max_abs, randomise, rows
 
 
 @given(
@@ -104,3 +114,27 @@ def test_other_forms_are_left_to_mlx(counted, kind, form):
     assert mx.array_equal(module(x) if kind == "linear" else module.as_linear(x), plainly(module, x))
     assert not counted
     assert not getattr(module, "computes_at_once", False)
+
+
+@given(
+    st.sampled_from([4, 8]), st.lists(st.integers(0, 23), max_size=5), st.sampled_from([1.0, 1.2]), st.integers(0, 9)
+)
+def test_drafts_and_batches_change_nothing(bits, wrong, penalty, seed):
+    sizes = replace(CONFIG.decoder, hidden_size=64, intermediate_size=96)
+    decoder = randomise(Qwen3(sizes), seed)
+    quantize_modules(decoder, Quantization(Scheme(32, bits)))
+    unpack_for_many_rows(decoder)
+    prepare_decoder(decoder)
+    if products.numpy_multiplies():
+        assert type(decoder.model.layers[0]) is NumpyDecoderLayer
+        assert decoder.computes_at_once
+    options = GenerationOptions(24, (), SamplingOptions(repetition_penalty=penalty))
+    prompts = [rows(count, 64, seed + count) for count in (5, 9, 2)]
+    alone = [list(Generation(decoder, prompt, options)) for prompt in prompts]
+    draft = [299 if i in wrong else token for i, token in enumerate(alone[0])]
+    reckless = Stakes(PassCost(0.03), 24)
+    drafted = DraftedGeneration(decoder, prompts[0], options, draft, stakes=reckless)
+    assert list(drafted) == alone[0]
+    assert drafted.drafted
+    batch = BatchGeneration(decoder, [(prompt, options) for prompt in prompts], 3)
+    assert {row.number: row.tokens for row in batch} == dict(enumerate(alone))
