@@ -123,11 +123,13 @@ def test_drafts_and_batches_change_nothing(bits, wrong, penalty, seed):
     sizes = replace(CONFIG.decoder, hidden_size=64, intermediate_size=96)
     decoder = randomise(Qwen3(sizes), seed)
     quantize_modules(decoder, Quantization(Scheme(32, bits)))
+    decoder.eval()  # the quantised layers are new
     unpack_for_many_rows(decoder)
     prepare_decoder(decoder)
     if products.numpy_multiplies():
         assert type(decoder.model.layers[0]) is NumpyDecoderLayer
         assert decoder.computes_at_once
+        assert not any(module.training for module in decoder.modules())
     options = GenerationOptions(24, (), SamplingOptions(repetition_penalty=penalty))
     prompts = [rows(count, 64, seed + count) for count in (5, 9, 2)]
     alone = [list(Generation(decoder, prompt, options)) for prompt in prompts]
