@@ -80,7 +80,7 @@ def random_decoder(layers: int = 28, vocabulary: int = 151936, bits: int | None 
 
     from qwen4b_asr.decoder import DecoderConfig, Qwen3
     from qwen4b_asr.prepare import prepare_decoder
-    from qwen4b_asr.quantization import Quantization, Scheme
+    from qwen4b_asr.quantization import Quantization, Scheme, unpack_for_many_rows
 
     config = DecoderConfig(
         vocab_size=vocabulary,
@@ -96,6 +96,8 @@ def random_decoder(layers: int = 28, vocabulary: int = 151936, bits: int | None 
     decoder = Qwen3(config)
     decoder.eval()
     mx.eval(decoder.parameters())
+    if mx.default_device().type == mx.DeviceType.cpu:
+        unpack_for_many_rows(decoder)
     prepare_decoder(decoder)
     return decoder
 
